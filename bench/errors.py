@@ -1,0 +1,24 @@
+"""Errors that are shown to a person as one line, without a stack trace."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BenchError(Exception):
+    """Something failed; the message names the cause and the fix. The command exits with 1."""
+
+    exit_code = 1
+
+
+class UsageError(BenchError):
+    """The request itself is wrong (unknown name, bad value). The command exits with 2."""
+
+    exit_code = 2
+
+
+def did_you_mean(word: str, options: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the option nearest to `word`, or "" when none is near."""
+    close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
