@@ -1,0 +1,113 @@
+"""The one sampler: large batches, and an image that depends on its prompt and its seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+
+from bench.cache import encode_prompts
+from bench.errors import UsageError, did_you_mean
+from bench.progress import track
+from bench.seeding import derive, normal
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler.from_config,
+    "pndm": partial(PNDMScheduler.from_config, skip_prk_steps=True),  # no Runge-Kutta steps, as in SD-1.5
+    "ddpm": DDPMScheduler.from_config,
+}
+
+
+def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
+           seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16,
+           output: Literal["images", "latents"] = "images", unet: UNet2DConditionModel | None = None,
+           description: str = "sampling") -> np.ndarray:
+    """Sample every prompt with every seed; row `p * len(seeds) + s` belongs to prompt p and seed s.
+
+    Returns uint8 images `[R, H, W, 3]`, or with output="latents" fp32 `[R, C, h, w]`, scaled as the UNet sees
+    them. `unet` stands in for the pipeline's. guidance = 1 is sampling from the model itself and costs one
+    UNet evaluation per step; any other value is classifier-free guidance and costs two.
+    """
+    batches = sample_batches(pipe, prompts, guidance=guidance, steps=steps, seeds=seeds, scheduler=scheduler,
+                             batch_size=batch_size, output=output, unet=unet, description=description)
+    return np.concatenate(list(batches))
+
+
+def sample_batches(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
+                   seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16,
+                   output: Literal["images", "latents"] = "images", unet: UNet2DConditionModel | None = None,
+                   description: str = "sampling") -> Iterator[np.ndarray]:
+    """As `sample`, but yield the rows batch by batch, so that they can be written while others are made."""
+    if scheduler not in SCHEDULERS:
+        raise UsageError(f"unknown scheduler '{scheduler}'{did_you_mean(scheduler, SCHEDULERS)}; "
+                         f"known: {', '.join(SCHEDULERS)}")
+    unet = (pipe.unet if unet is None else unet).eval()
+    if unet.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    solver = SCHEDULERS[scheduler](pipe.scheduler.config)
+    embeddings = encode_prompts(pipe, prompts)
+    rows = [(row, int(seed)) for row in range(len(prompts)) for seed in seeds]
+    with track(description=description, total=len(rows), unit="image") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start:start + batch_size]
+            chosen = [(seed, prompts[row]) for row, seed in batch]
+            context = embeddings.lookup([row for row, _ in batch])
+            null = torch.from_numpy(embeddings.null)
+            latents = _denoise(unet, solver, context, null, chosen, guidance, steps)
+            yield latents.cpu().numpy() if output == "latents" else _decode(pipe, latents)
+            bar.update(len(batch))
+
+
+def initial_latents(chosen: Sequence[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
+    """The starting noise of every (seed, prompt), fp32 `[B, *shape]`, the same on every device."""
+    return normal([derive("sample", seed, prompt) for seed, prompt in chosen], shape)
+
+
+def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
+    """C, h, w of the latents a UNet was made for."""
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet.config.in_channels, height, width
+
+
+@torch.inference_mode()
+def _denoise(unet: UNet2DConditionModel, solver: DDIMScheduler | PNDMScheduler | DDPMScheduler,
+             context: Tensor, null: Tensor, chosen: Sequence[tuple[int, str]], guidance: float,
+             steps: int) -> Tensor:
+    """Run the reverse process on one batch; the latents stay in fp32 whatever the UNet's precision."""
+    guided = guidance != 1
+    context = context.to(unet.device, unet.dtype)
+    if guided:
+        context = torch.cat([null.to(context).expand_as(context), context])
+    solver.set_timesteps(steps)  # on the CPU: an index on the device would make every step wait for it
+    options = {}
+    if isinstance(solver, DDPMScheduler):  # the one solver here that adds noise on the way
+        options["generator"] = [torch.Generator().manual_seed(derive("sample-steps", *key)) for key in chosen]
+    latents = initial_latents(chosen, latent_shape(unet)).to(unet.device) * solver.init_noise_sigma
+    for timestep in solver.timesteps:
+        inputs = solver.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
+        prediction = unet(inputs.to(unet.dtype), timestep, encoder_hidden_states=context).sample.float()
+        if guided:
+            without, given = prediction.chunk(2)
+            prediction = without + guidance * (given - without)
+        latents = solver.step(prediction, timestep, latents, **options).prev_sample
+    return latents
+
+
+@torch.inference_mode()
+def _decode(pipe: StableDiffusionPipeline, latents: Tensor) -> np.ndarray:
+    """Latents as the UNet sees them to uint8 `[B, H, W, 3]`."""
+    vae = pipe.vae
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

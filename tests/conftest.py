@@ -1,0 +1,52 @@
+"""Fixtures for every room; importing torch is left to the tests that ask for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import StableDiffusionPipeline
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline() -> StableDiffusionPipeline:
+    """Shared by the whole session: copy a component before changing it."""
+    from tiny import make_pipeline
+
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tiny_pipeline: StableDiffusionPipeline,
+                         tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    tiny_pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_accelerator() -> Iterator[Callable[[str], Accelerator]]:
+    """Build a CPU accelerator; accelerate keeps its precision in a global to be cleared between tests."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    def clear() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    def build(mixed_precision: str = "no") -> Accelerator:
+        clear()
+        return Accelerator(cpu=True, mixed_precision=mixed_precision)
+
+    yield build
+    clear()
+
+
+@pytest.fixture
+def accelerator(make_accelerator: Callable[[str], Accelerator]) -> Accelerator:
+    return make_accelerator("no")

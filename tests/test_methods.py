@@ -1,0 +1,108 @@
+"""The losses as plain arithmetic: no model, no loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from methods.base import Errors, Pairing
+from methods.diffusion_dpo import DiffusionDPO, preference_loss
+from methods.sft import SFT
+from methods.spin import SPIN
+
+values = st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4)
+
+
+def errors(winner: list[float], loser: list[float] | None = None) -> Errors:
+    return Errors(torch.tensor(winner), None if loser is None else torch.tensor(loser))
+
+
+def test_preference_loss_and_gradient_worked_by_hand():
+    """beta 10; winner error 0.10 against 0.12 for the reference, loser error 0.30 against 0.25.
+
+    winner drift   0.10 - 0.12 = -0.02   (the policy got better on the winner)
+    loser drift    0.30 - 0.25 = +0.05   (and worse on the loser)
+    logit          -0.5 * 10 * (-0.02 - 0.05) = 0.35
+    loss           log(1 + e^-0.35) = log(1.704688) = 0.533382
+    d loss/d logit = -1 / (1 + e^0.35) = -0.413382
+    d loss/d w     = -0.413382 * (-0.5 * 10) = +2.066912, and d loss/d l = -2.066912
+    """
+    policy = Errors(torch.tensor([0.10], requires_grad=True), torch.tensor([0.30], requires_grad=True))
+    loss, signals = preference_loss(policy, errors([0.12], [0.25]), beta=10)
+    loss.sum().backward()
+    assert loss.item() == pytest.approx(0.533382, abs=1e-6)
+    assert policy.winner.grad.item() == pytest.approx(2.066912, abs=1e-5)
+    assert policy.loser.grad.item() == pytest.approx(-2.066912, abs=1e-5)
+    assert {name: round(signal.item(), 5) for name, signal in signals.items()} == {
+        "implicit_accuracy": 1.0, "logit": 0.35, "winner_drift": -0.02, "loser_drift": 0.05}
+    assert not any(signal.requires_grad for signal in signals.values())
+
+
+@given(values, values)
+def test_policy_equal_to_reference_is_log_2_exactly(winner, loser):
+    same = errors(winner, loser)
+    loss, signals = preference_loss(same, same, beta=5000)
+    assert torch.equal(loss, torch.full_like(loss, math.log(2)))
+    assert torch.equal(signals["implicit_accuracy"], torch.full_like(loss, 0.5))
+
+
+@given(values, values, values, values, st.floats(0.1, 50))
+def test_preference_loss_equals_a_float64_reference(w, l, w_ref, l_ref, beta):  # noqa: E741
+    loss, signals = preference_loss(errors(w, l), errors(w_ref, l_ref), beta)
+    for row in range(len(w)):
+        logit = -0.5 * beta * ((w[row] - w_ref[row]) - (l[row] - l_ref[row]))
+        expected = math.log1p(math.exp(-abs(logit))) + max(-logit, 0)
+        assert loss[row].item() == pytest.approx(expected, rel=1e-6, abs=2e-6 * beta)
+        if abs(logit) > 1e-4 * beta:
+            assert signals["implicit_accuracy"][row] == (1 if logit > 0 else 0)
+
+
+@given(values, values, values, values)
+def test_swapping_winner_and_loser_turns_the_logit_around(w, l, w_ref, l_ref):  # noqa: E741
+    _, signals = preference_loss(errors(w, l), errors(w_ref, l_ref), beta=10)
+    _, swapped = preference_loss(errors(l, w), errors(l_ref, w_ref), beta=10)
+    assert torch.equal(signals["logit"], -swapped["logit"])
+    assert torch.equal(signals["implicit_accuracy"], 1 - swapped["implicit_accuracy"])
+
+
+def test_conversion_to_the_other_conventions():
+    """On 2x4x4 latents ours, the paper's (summed) and diffusers' (no 0.5) agree as the docstring says."""
+    generator = torch.Generator().manual_seed(0)
+    w, l, w_ref, l_ref = torch.randn(4, 3, 2, 4, 4, generator=generator).square()  # noqa: E741
+    means = [side.mean(dim=(1, 2, 3)) for side in (w, l, w_ref, l_ref)]
+    sums = [side.sum(dim=(1, 2, 3)) for side in (w, l, w_ref, l_ref)]
+    ours, _ = preference_loss(Errors(means[0], means[1]), Errors(means[2], means[3]), beta=8.0)
+    summed = -F.logsigmoid(-(0.5 * 8.0 / 32) * ((sums[0] - sums[2]) - (sums[1] - sums[3])))
+    diffusers = -F.logsigmoid((0.5 * 8.0) * ((means[2] - means[3]) - (means[0] - means[1])))
+    torch.testing.assert_close(ours, summed)
+    torch.testing.assert_close(ours, diffusers)
+
+
+def test_sft_is_the_winners_error_and_shows_drift_only_against_a_reference():
+    policy = errors([0.2, 0.4])
+    loss, signals = SFT().loss(policy, None)
+    assert torch.equal(loss, policy.winner) and signals == {}
+    _, signals = SFT().loss(policy, errors([0.1, 0.5]))
+    torch.testing.assert_close(signals["winner_drift"], torch.tensor([0.1, -0.1]))
+
+
+def test_spin_and_dpo_share_the_loss_and_differ_in_data_and_reference():
+    policy, reference = errors([0.2], [0.5]), errors([0.3], [0.4])
+    assert torch.equal(SPIN(7.0).loss(policy, reference)[0], DiffusionDPO(7.0).loss(policy, reference)[0])
+    assert [method.pairing for method in (SFT, DiffusionDPO, SPIN)] == [
+        Pairing.WINNER, Pairing.HUMAN, Pairing.SELF_PLAY]
+    assert [method.needs_reference for method in (SFT, DiffusionDPO, SPIN)] == [False, True, True]
+    assert SFT().next_reference("base", "previous") is None
+    assert DiffusionDPO(1.0).next_reference("base", "previous") == "base"
+    assert SPIN(1.0).next_reference("base", "previous") == "previous"
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_beta_must_be_above_zero(beta):
+    with pytest.raises(ValueError, match="above 0"):
+        DiffusionDPO(beta)
