@@ -1,0 +1,319 @@
+"""Find runs on disk and put the comparable ones into one long table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.errors import BenchError, UsageError, did_you_mean
+
+BASE = "base"
+COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
+KEYS = ["method", "iteration", "train_seed", *COLUMNS[2:-1]]
+METHOD_ORDER = (BASE, "sft", "diffusion_dpo", "spin")
+# Settings that change how fast a number is made but not the number, or that are chosen when a table is read.
+INCIDENTAL = {
+    "train.micro_batch",
+    "train.log_every",
+    "opponent.batch_size",
+    "evaluation.batch_size",
+    "evaluation.protocol",
+}
+
+
+@dataclass
+class Runs:
+    """Comparable runs, newest first.
+
+    scores: long table, one row a score: run, model (label), method, iteration, train_seed (NA for the base),
+    prompt_set, prompt_id, seed (of sampling), guidance, metric, value. history: the logged training signals
+    with run, model and train_seed. problems: one line for each thing left out or in doubt.
+    """
+
+    scores: pd.DataFrame
+    history: pd.DataFrame
+    protocols: dict[str, dict]
+    costs: dict[str, dict]
+    folders: dict[str, Path]
+    models: dict[str, tuple[str, int]]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def protocol(self) -> dict:
+        """The newest run's protocol; in everything that matters for a comparison the others equal it."""
+        return next(iter(self.protocols.values()))
+
+    @property
+    def evaluation(self) -> dict:
+        return self.protocol.get("suite", {}).get("evaluation", {})
+
+    @property
+    def groups(self) -> list[tuple[str, float]]:
+        """(prompt set, guidance) as the suite orders them."""
+        found = {
+            (str(s), float(g)) for s, g in self.scores[["prompt_set", "guidance"]].drop_duplicates().values
+        }
+        order = list(self.evaluation.get("prompt_sets", {}))
+        return sorted(found, key=lambda g: (order.index(g[0]) if g[0] in order else len(order), g))
+
+    def title(self, method: str) -> str:
+        titles = (p.get("method_title") for p in self.protocols.values() if p.get("method") == method)
+        return next((t for t in titles if t), method)
+
+    def resolve(self, name: str) -> str:
+        """A model's label from its label, its method's name (last iteration) or method:iteration."""
+        folded = {label.casefold(): label for label in self.models}
+        if name.casefold() in folded:
+            return folded[name.casefold()]
+        method, _, iteration = name.partition(":")
+        found = [
+            label
+            for label, (m, i) in self.models.items()
+            if m.casefold() == method.casefold() and iteration in ("", str(i))
+        ]
+        if found:
+            return found[-1]
+        options = [*self.models, *(m for m, _ in self.models.values())]
+        raise UsageError(
+            f"no model '{name}' in these runs{did_you_mean(name, options)}; "
+            f"there are {', '.join(self.models)}"
+        )
+
+
+def load_runs(paths: Sequence[Path] | None = None, root: Path = Path("results/runs")) -> Runs:
+    """Read the runs at `paths` (folders or ids under `root`; None: all under `root`).
+
+    The newest run decides what the others must equal; a run of another suite is set apart with a reason, an
+    unreadable one named and passed over. Fails when nothing is left.
+    """
+    problems: list[str] = []
+    read = []
+    for folder in _folders(paths, Path(root)):
+        try:
+            read.append(_read(folder, problems))
+        except (OSError, ValueError, KeyError) as error:
+            problems.append(f"{folder.name}: left out, {_reason(error)}")
+    if not read:
+        detail = f" ({'; '.join(problems)})" if problems else ""
+        raise BenchError(f"no finished run under {root}{detail}; make one with `bench run --method spin`")
+    read.sort(key=lambda run: (str(run["protocol"].get("created", "")), run["id"]), reverse=True)
+    kept: list[dict] = []
+    for run in read:
+        reason = _mismatch(run, kept)
+        if reason:
+            problems.append(f"{run['id']}: set apart, {reason}")
+        else:
+            kept.append(run)
+    return _join(kept, problems)
+
+
+def prompt_texts(runs: Runs, prompt_set: str) -> dict[str, str]:
+    """Prompt id -> text, from `images/<prompt set>/prompts.json` of the runs (empty if no run has it)."""
+    texts: dict[str, str] = {}
+    for folder in reversed(runs.folders.values()):
+        try:
+            texts.update(json.loads((folder / "images" / prompt_set / "prompts.json").read_text("utf-8")))
+        except (OSError, ValueError):
+            continue
+    return texts
+
+
+def _folders(paths: Sequence[Path] | None, root: Path) -> list[Path]:
+    if not paths:
+        return sorted(p for p in root.iterdir() if (p / "protocol.json").exists()) if root.is_dir() else []
+    folders: list[Path] = []
+    for path in map(Path, paths):
+        path = path if path.is_dir() else root / path
+        if not path.is_dir():
+            names = [p.name for p in root.iterdir()] if root.is_dir() else []
+            raise UsageError(f"no run '{path.name}' under {root}{did_you_mean(path.name, names)}")
+        inside = sorted(p for p in path.iterdir() if (p / "protocol.json").exists())
+        folders += [path] if (path / "protocol.json").exists() or not inside else inside
+    return list(dict.fromkeys(folder.resolve() for folder in folders))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no {Path(error.filename).name} (unfinished?)" if error.filename else "unfinished?"
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
+    protocol = _json(folder / "protocol.json")
+    if not (folder / "scores.parquet").exists():
+        raise ValueError("no scores.parquet (unfinished?)")
+    scores = pd.read_parquet(folder / "scores.parquet")
+    missing = [name for name in COLUMNS if name not in scores]
+    if missing:
+        raise ValueError(f"scores.parquet lacks {', '.join(missing)}")
+    scores = scores[COLUMNS].astype(
+        {"iteration": "int64", "seed": "int64", "guidance": float, "value": float}
+    )
+    finite = scores["value"].notna() & scores["value"].abs().ne(float("inf"))
+    if not finite.all():
+        problems.append(f"{folder.name}: {int((~finite).sum())} scores are not numbers and are ignored")
+        scores = scores[finite]
+    if scores.empty:
+        raise ValueError("scores.parquet is empty")
+    wanted, done = protocol.get("iterations"), int(scores["iteration"].max())
+    if wanted and done < wanted:
+        problems.append(f"{folder.name}: {done} of {wanted} iterations so far (unfinished?)")
+    scores["run"] = folder.name
+    seed = pd.Series(int(protocol["seed"]), index=scores.index, dtype="Int64")
+    scores["train_seed"] = seed.mask(scores["method"].eq(BASE))
+    try:
+        cost = _json(folder / "cost.json")
+    except (OSError, ValueError) as error:
+        cost = {}
+        problems.append(f"{folder.name}: no cost shown, {_reason(error)}")
+    return {
+        "id": folder.name,
+        "folder": folder,
+        "protocol": protocol,
+        "scores": scores,
+        "cost": cost,
+        "history": _history(folder, int(protocol["seed"])),
+    }
+
+
+def _json(path: Path) -> dict:
+    value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _history(folder: Path, seed: int) -> pd.DataFrame:
+    path = folder / "history.parquet"
+    history = (
+        pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["method", "iteration", "step"])
+    )
+    return history.assign(run=folder.name, train_seed=seed)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [_flat(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in items]
+        return {key: item for part in parts for key, item in part.items()}
+    return {prefix: value}
+
+
+def _shared(protocol: dict) -> dict[str, Any]:
+    """What must be equal in every row of a comparison, flattened to dotted keys."""
+    suite = protocol.get("suite", {})
+    rooms = {
+        name: suite.get(name)
+        for name in ("model", "data", "train", "opponent", "evaluation", "judge", "metric_options")
+    }
+    rooms["weights"] = protocol.get("model")
+    rooms["judge_network"] = protocol.get("judge")
+    return {key: value for key, value in _flat(rooms).items() if key not in INCIDENTAL}
+
+
+def _mismatch(run: dict, kept: list[dict]) -> str:
+    """Why a run does not belong beside those kept; "" if it does."""
+    if not kept:
+        return ""
+    anchor = kept[0]
+    mine, theirs = _shared(run["protocol"]), _shared(anchor["protocol"])
+    different = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
+    if different:
+        return f"another suite than {anchor['id']}: {_differences(different, mine, theirs)}"
+    mine, theirs = (_flat(r["protocol"].get("metrics", {})) for r in (run, anchor))
+    different = [key for key in mine if key in theirs and mine[key] != theirs[key]]
+    if different:
+        return f"other scorers than {anchor['id']}: {_differences(different, mine, theirs)}"
+    method = run["protocol"].get("method")
+    same = next((k for k in kept if k["protocol"].get("method") == method), None)
+    if same:
+        mine, theirs = (
+            _flat(r["protocol"].get("suite", {}).get("methods", {}).get(method, {})) for r in (run, same)
+        )
+        different = [key for key in mine if key in theirs and mine[key] != theirs[key]]
+        if different:
+            return f"{method} with other settings than {same['id']}: {_differences(different, mine, theirs)}"
+    return ""
+
+
+def _differences(keys: list[str], mine: dict, theirs: dict) -> str:
+    shown = [
+        f"{key} {str(mine.get(key, 'unset'))[:40]} against {str(theirs.get(key, 'unset'))[:40]}"
+        for key in keys[:2]
+    ]
+    return ", ".join(shown) + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")
+
+
+def _join(kept: list[dict], problems: list[str]) -> Runs:
+    problems += _base_disagreements(kept)
+    scores = pd.concat([run["scores"] for run in kept], ignore_index=True)
+    repeats = scores.duplicated(KEYS)
+    twice = scores[repeats & scores["method"].ne(BASE)]
+    for run in twice["run"].unique():
+        problems.append(f"{run}: repeats a method and seed of a newer run, which is the one used")
+    scores = scores[~repeats].reset_index(drop=True)
+    history = pd.concat([run["history"] for run in kept], ignore_index=True)
+    protocols = {run["id"]: run["protocol"] for run in kept}
+    runs = Runs(
+        scores,
+        history,
+        protocols,
+        {run["id"]: run["cost"] for run in kept},
+        {run["id"]: run["folder"] for run in kept},
+        {},
+        problems,
+    )
+    runs.models = _labels(runs)
+    labels = pd.DataFrame(
+        [(*model, label) for label, model in runs.models.items()], columns=["method", "iteration", "model"]
+    )
+    runs.scores = runs.scores.merge(labels, how="left")
+    if len(runs.history):
+        runs.history = runs.history.merge(labels, how="left")
+    else:
+        runs.history["model"] = ""
+    used = set(runs.scores["run"])
+    runs.history = (
+        runs.history[runs.history["run"].isin(used)]
+        .drop_duplicates(["method", "iteration", "train_seed", "step"])
+        .reset_index(drop=True)
+    )
+    for name in ("run", "model", "method", "prompt_set", "prompt_id", "metric"):
+        runs.scores[name] = runs.scores[name].astype("category")
+    return runs
+
+
+def _base_disagreements(kept: list[dict]) -> list[str]:
+    """Runs of one suite share the base model, prompts and seeds, so their base scores must agree."""
+    on = ["prompt_set", "prompt_id", "seed", "guidance", "metric"]
+    bases = [(run["id"], run["scores"].query("method == @BASE").set_index(on)["value"]) for run in kept]
+    found = []
+    for name, base in bases[1:]:
+        gap = (base - bases[0][1]).abs().max()
+        if gap > 1e-2 * max(bases[0][1].abs().max(), 1.0):
+            found.append(f"{name}: base scores differ from those of {bases[0][0]} by up to {gap:.2g}")
+    return found
+
+
+def _labels(runs: Runs) -> dict[str, tuple[str, int]]:
+    """Label -> (method, iteration), ordered as in every table: base, one-shot methods, then the iterated."""
+    pairs = {(str(m), int(i)) for m, i in runs.scores[["method", "iteration"]].drop_duplicates().values}
+    counts = {method: sum(m == method for m, _ in pairs) for method, _ in pairs}
+
+    def order(pair: tuple[str, int]) -> tuple:
+        method, iteration = pair
+        rank = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+        return method != BASE, counts[method] > 1, rank, method, iteration
+
+    labels: dict[str, tuple[str, int]] = {}
+    for method, iteration in sorted(pairs, key=order):
+        label = BASE if method == BASE else runs.title(method)
+        if counts[method] > 1:
+            label = f"{label.removesuffix('-Diffusion')}-{iteration}"
+        labels[label if label not in labels else f"{label} ({method})"] = (method, iteration)
+    return labels

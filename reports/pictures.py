@@ -1,0 +1,142 @@
+"""The pictures of a page: the same prompts and sampling seed for every model, small and self-contained."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reports import stats
+from reports.load import BASE, Runs, prompt_texts
+from reports.tables import lead_metric, metric_names
+
+LARGEST = 256  # pixels of the longer side of an embedded picture
+SMALL = 128  # up to here every pixel counts: kept without loss, enlarged without smoothing
+
+
+@dataclass(frozen=True)
+class Picture:
+    model: str
+    uri: str
+    pixelated: bool
+    scores: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: a picture (or None) for each model."""
+
+    prompt: str
+    pictures: list[Picture | None]
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of one setting: prompts nobody chose, then the best model's best and worst changes."""
+
+    models: list[str]
+    sample: list[Row]
+    wins: list[Row]
+    losses: list[Row]
+    seed: int
+    train_seeds: dict[str, int]
+
+
+def gallery(
+    runs: Runs, group: tuple[str, float], best: str, count: int = 12, extremes: int = 3
+) -> Gallery | None:
+    """Pictures of one setting, None when the runs have none."""
+    rows = runs.scores
+    rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
+    seeds = runs.evaluation.get("seeds") or sorted(rows["seed"].unique())
+    rows = rows[rows["seed"] == seeds[0]]
+    first = rows.groupby("model", observed=True)["train_seed"].min()
+    rows = rows[rows["train_seed"].isna() | (rows["train_seed"] == rows["model"].map(first).astype("Int64"))]
+    homes = rows.groupby("model", observed=True)["run"].first().to_dict()
+    models = [model for model in runs.models if model in homes]
+    folders = {m: _folder(runs.folders[homes[m]], group, runs.models[m][1]) for m in models}
+    names = {m: {p.name for p in folder.iterdir()} if folder else set() for m, folder in folders.items()}
+    there = [
+        p
+        for p in sorted(rows["prompt_id"].unique())
+        if any(f"{p}-{seeds[0]}.png" in names[m] for m in models)
+    ]
+    if not there:
+        return None
+    lead = lead_metric(runs)
+    values = rows.pivot_table("value", "prompt_id", ["metric", "model"], observed=True)
+    texts = prompt_texts(runs, group[0])
+
+    def row(prompt: str, change: float | None = None) -> Row:
+        shown = [
+            _picture(folders[m], f"{prompt}-{seeds[0]}.png", m, _captions(runs, values, prompt, m))
+            for m in models
+        ]
+        return Row(texts.get(prompt, f"prompt {prompt}"), shown, change)
+
+    changes = _changes(values, lead, best, there)
+    top = [(p, c) for p, c in changes[-extremes:][::-1] if c > 0]
+    bottom = [(p, c) for p, c in changes[:extremes] if c < 0]
+    trained = {m: int(first[m]) for m in models if m != BASE and m in first.index}
+    return Gallery(
+        models,
+        [row(p) for p in there[:count]],
+        [row(*pair) for pair in top],
+        [row(*pair) for pair in bottom],
+        int(seeds[0]),
+        trained,
+    )
+
+
+def _folder(run: Path, group: tuple[str, float], iteration: int) -> Path | None:
+    for scale in (f"g{group[1]:g}", f"g{group[1]}"):
+        folder = run / "images" / group[0] / scale / f"iter{iteration}"
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def _changes(values, lead: str, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
+    """(prompt, lead metric of the best model minus the base's) for prompts with pictures, ascending."""
+    if best == BASE or (lead, BASE) not in values or (lead, best) not in values:
+        return []
+    change = (values[(lead, best)] - values[(lead, BASE)]).loc[list(there)].dropna().sort_values()
+    return [(str(prompt), float(gain)) for prompt, gain in change.items()]
+
+
+def _captions(runs: Runs, values, prompt: str, model: str) -> list[tuple[str, str]]:
+    """What stands under a picture: the judge's utility, then the metrics."""
+    found = []
+    for metric in [lead_metric(runs), *metric_names(runs)]:
+        if (metric.startswith(stats.JUDGE) and metric != lead_metric(runs)) or (metric, model) not in values:
+            continue
+        value = values[(metric, model)].get(prompt)
+        if value == value and value is not None:
+            found.append((metric, f"{value:#.3g}" if abs(value) < 10 else f"{value:.2f}"))
+    return list(dict(found).items())
+
+
+def _picture(folder: Path | None, name: str, model: str, scores: list[tuple[str, str]]) -> Picture | None:
+    if folder is None or not (folder / name).is_file():
+        return None
+    try:
+        uri, small = encode(folder / name)
+    except OSError:
+        return None  # an image cut short by a full disk must not cost the page
+    return Picture(model, uri, small, scores)
+
+
+def encode(path: Path) -> tuple[str, bool]:
+    """A picture as a data: address (WebP), and whether it is small enough to be shown pixel by pixel."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    small = max(image.size) <= SMALL
+    image.thumbnail((LARGEST, LARGEST))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=small, quality=70 if small else 85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), small

@@ -1,0 +1,260 @@
+"""Statistics over prompts: protocols, means, medians, win rates, and paired bootstrap intervals.
+
+The unit of everything is the prompt: models are compared on the same prompts (and the same sampling seeds),
+so differences and win rates are taken per prompt before anything is averaged. Training seeds are clusters:
+they are resampled as a second, crossed factor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+RESAMPLES = 2000
+LEVEL = 0.95
+BOOTSTRAP_SEED = 20240216
+PROTOCOLS = ("one", "mean", "best")
+STATS = ("mean", "median", "winrate")
+AVERAGE = "average"
+PAPER_METRICS = ("hpsv2", "aesthetic", "imagereward", "pickscore")
+JUDGE = "judge/"
+
+
+class Estimate(NamedTuple):
+    """A statistic with its percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All scores of one prompt set at one guidance, as an array.
+
+    values: [models, training seeds, prompts, sampling seeds, metrics], NaN where there is none. A model that
+    is not trained (the base) has its scores under every training seed and counts as one seed.
+    """
+
+    models: tuple[str, ...]
+    train_seeds: tuple[int, ...]
+    prompts: tuple[str, ...]
+    image_seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+    untrained: frozenset[str]
+    values: np.ndarray
+
+
+def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int] = ()) -> Scores:
+    """Long rows (model, train_seed, prompt_id, seed, metric, value), in any order, as an array.
+
+    train_seed is NA for untrained models. `image_seeds` gives the order of the sampling seeds ("one" is the
+    first). The last metric is the paper's "Average", the plain mean of the raw scores.
+    """
+    present = set(rows["model"].unique())
+    models = [model for model in models if model in present]
+    train_seeds = sorted(int(seed) for seed in rows["train_seed"].dropna().unique()) or [0]
+    prompts = sorted(rows["prompt_id"].unique())
+    known = {int(seed) for seed in rows["seed"].unique()}
+    seeds = [s for s in image_seeds if s in known] + sorted(known - set(image_seeds))
+    metrics = sorted(rows["metric"].unique(), key=metric_order)
+    values = np.full((len(models), len(train_seeds), len(prompts), len(seeds), len(metrics)), np.nan)
+    seed_at = pd.Index(train_seeds).get_indexer(rows["train_seed"].fillna(train_seeds[0]).astype("int64"))
+    values[
+        _positions(rows["model"], models),
+        seed_at,
+        _positions(rows["prompt_id"], prompts),
+        _positions(rows["seed"], seeds),
+        _positions(rows["metric"], metrics),
+    ] = rows["value"].to_numpy()
+    untrained = frozenset(rows.loc[rows["train_seed"].isna(), "model"].unique())
+    for index, model in enumerate(models):
+        if model in untrained:
+            values[index] = values[index, :1]
+    values = np.concatenate([values, _average(values, metrics)[..., None]], axis=-1)
+    return Scores(
+        tuple(models),
+        tuple(train_seeds),
+        tuple(prompts),
+        tuple(seeds),
+        (*metrics, AVERAGE),
+        untrained,
+        values,
+    )
+
+
+def metric_order(name: str) -> tuple[int, int, str]:
+    """Sort key: the known metrics, other metrics, then the judge (utility and its parts first)."""
+    first = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")
+    parts = ("judge/utility", "judge/alignment", "judge/aesthetics")
+    block = 1 if name.startswith(JUDGE) else 0
+    order = parts if block else first
+    return block, order.index(name) if name in order else len(order), name
+
+
+def higher_is_better(metric: str) -> bool:
+    """False only for the judge's defects."""
+    return not metric.startswith(JUDGE) or metric in ("judge/utility", "judge/alignment", "judge/aesthetics")
+
+
+def _positions(column: pd.Series, values: Sequence) -> np.ndarray:
+    return pd.Index(values).get_indexer(column)
+
+
+def _average(values: np.ndarray, metrics: Sequence[str]) -> np.ndarray:
+    """Mean of the raw scores the paper averages (its four where present, else all metrics), no judge."""
+    chosen = [i for i, name in enumerate(metrics) if name in PAPER_METRICS]
+    chosen = chosen or [i for i, name in enumerate(metrics) if not name.startswith(JUDGE)]
+    if not chosen:
+        return np.full(values.shape[:-1], np.nan)
+    return values[..., chosen].mean(axis=-1)
+
+
+def per_prompt(scores: Scores, protocol: str) -> np.ndarray:
+    """Reduce the images of a prompt to one value: [models, training seeds, prompts, metrics].
+
+    one: the first sampling seed. mean: the mean over sampling seeds. best: all scores of the image with the
+    highest average of raw scores (the paper's best of 5; with no metric but the judge, of its first score).
+    """
+    values = scores.values
+    if protocol == "one" or values.shape[3] == 1:
+        return values[:, :, :, 0]
+    if protocol == "mean":
+        return values.mean(axis=3)
+    key = values[..., -1] if np.isfinite(values[..., -1]).any() else values[..., 0]
+    best = np.where(np.isnan(key), -np.inf, key).argmax(axis=3)
+    return np.take_along_axis(values, best[..., None, None], axis=3)[:, :, :, 0]
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where a beats b, 0 where it loses, 0.5 for a tie."""
+    return (a > b) + 0.5 * (a == b)
+
+
+@lru_cache(maxsize=4)
+def _counts(n: int, resamples: int) -> np.ndarray:
+    """How often each prompt is in each resample, float32 [n, resamples].
+
+    The same for every model and metric of n prompts, which is what makes intervals of differences paired; and
+    a resampled mean is then one matrix product.
+    """
+    rng = np.random.default_rng([BOOTSTRAP_SEED, n])
+    draws = (rng.integers(0, n, n, dtype=np.int32) for _ in range(resamples))
+    return np.stack([np.bincount(draw, minlength=n).astype(np.float32) for draw in draws], axis=1)
+
+
+def _seed_weights(n: int, resamples: int) -> np.ndarray:
+    """Weights of the resampled training seeds [resamples, n].
+
+    n - 1 of n seeds are drawn with replacement, which makes the variance between seeds unbiased (Rao & Wu
+    1988); drawing n would understate it by (n - 1) / n, a third for three seeds.
+    """
+    if n == 1:
+        return np.ones((resamples, 1))
+    draws = np.random.default_rng([BOOTSTRAP_SEED, n, 1]).integers(0, n, (resamples, n - 1))
+    return np.stack([np.bincount(row, minlength=n) for row in draws]) / (n - 1)
+
+
+def _resampled_means(rows: np.ndarray, resamples: int) -> np.ndarray:
+    """[rows, prompts] -> [rows, resamples]."""
+    centre = rows.mean(axis=1, keepdims=True)  # float32 products of centred values lose nothing that matters
+    product = (rows - centre).astype(np.float32) @ _counts(rows.shape[1], resamples)
+    return product / rows.shape[1] + centre
+
+
+def _resampled_medians(rows: np.ndarray, resamples: int) -> np.ndarray:
+    """[rows, prompts] -> [rows, resamples], without sorting any resample.
+
+    A resample's k-th value is the first of the sorted scores whose cumulated count exceeds k. The middle one
+    lies within eight standard deviations (sqrt(n) / 2 places each) of the middle, so only that window is
+    cumulated.
+    """
+    n = rows.shape[1]
+    counts, reach = _counts(n, resamples), 4 * math.isqrt(n) + 4
+    start, stop = max(0, n // 2 - reach), min(n, n // 2 + reach)
+    order = rows.argsort(axis=1, kind="stable")
+    ahead = np.zeros(rows.shape, np.float32)
+    np.put_along_axis(ahead, order[:, :start], 1, axis=1)
+    before = ahead @ counts
+    found = np.empty((len(rows), resamples))
+    for i, window in enumerate(order[:, start:stop]):
+        cumulated = before[i] + counts[window].cumsum(axis=0)
+        places = [np.minimum((cumulated <= k).sum(axis=0), len(window) - 1) for k in ((n - 1) // 2, n // 2)]
+        found[i] = rows[i, window][np.stack(places)].mean(axis=0)
+    return found
+
+
+def estimates(
+    stack: np.ndarray, stat: str = "mean", resamples: int = RESAMPLES
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Low, high and value, each [n], of n series at once (scores, differences or wins).
+
+    stack: [n, training seeds, prompts] without NaN. The statistic is taken over prompts for each seed
+    and averaged over seeds; prompts and seeds are resampled independently, and intervals are percentiles.
+    """
+    n, seeds, prompts = stack.shape
+    rows = stack.reshape(n * seeds, prompts).astype(np.float64)
+    value = (np.median if stat == "median" else np.mean)(rows, axis=1).reshape(n, seeds).mean(axis=1)
+    resampled = (_resampled_medians if stat == "median" else _resampled_means)(rows, resamples)
+    weights = _seed_weights(seeds, resamples).T
+    replicates = (resampled.reshape(n, seeds, resamples) * weights).sum(axis=1)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail], axis=1)
+    return low, high, value
+
+
+def compare(
+    scores: Scores,
+    metric: str,
+    stat: str = "mean",
+    against: str | None = None,
+    protocol: str = "mean",
+    resamples: int = RESAMPLES,
+) -> pd.DataFrame:
+    """One metric of every model: model, value, low, high, n_prompts, n_seeds.
+
+    mean, median: of the scores, or with `against` of the per-prompt differences to that model. winrate: share
+    of prompts on which a model beats `against`, ties half. Trained models are paired on equal training seeds,
+    and only prompts that every model has count.
+    """
+    data = per_prompt(scores, protocol)[..., scores.metrics.index(metric)]
+    present = np.isfinite(data).any(axis=2)
+    complete = (np.isfinite(data) | ~present[:, :, None]).all(axis=(0, 1))
+    found = []
+    for index, model in enumerate(scores.models):
+        seeds = present[index]
+        if against is not None:
+            if model == against:
+                continue
+            other = scores.models.index(against)
+            seeds = seeds & present[other]
+        if model in scores.untrained and (against is None or against in scores.untrained):
+            seeds = seeds & (np.arange(len(seeds)) == 0)
+        series = data[index][seeds][:, complete]
+        if not series.size:
+            continue
+        if against is not None:
+            reference = data[other][seeds][:, complete]
+            series = wins(series, reference) if stat == "winrate" else series - reference
+        found.append((model, series))
+    columns = ["model", "value", "low", "high", "n_prompts", "n_seeds"]
+    return pd.DataFrame(_grouped(found, stat, resamples), columns=columns)
+
+
+def _grouped(found: list[tuple[str, np.ndarray]], stat: str, resamples: int) -> list[tuple]:
+    """Rows of `compare`, models with equally many training seeds resampled together."""
+    rows: dict[str, tuple] = {}
+    for shape in {series.shape for _, series in found}:
+        same = [(model, series) for model, series in found if series.shape == shape]
+        low, high, value = estimates(
+            np.stack([series for _, series in same]), "median" if stat == "median" else "mean", resamples
+        )
+        for i, (model, _) in enumerate(same):
+            rows[model] = (model, value[i], low[i], high[i], shape[1], shape[0])
+    return [rows[model] for model, _ in found]

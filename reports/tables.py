@@ -1,0 +1,155 @@
+"""Tables: tidy rows from runs, and their layouts for people, papers and programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pandas as pd
+
+from bench.errors import UsageError, did_you_mean
+from reports import layouts, stats
+from reports.load import BASE, Runs
+
+FORMATS = ("text", "csv", "md", "latex", "json")
+JUDGE_PARTS = ("judge/utility", "judge/alignment", "judge/aesthetics")
+COLUMNS = [
+    "model",
+    "prompt_set",
+    "guidance",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n_prompts",
+    "n_seeds",
+    "stat",
+    "against",
+    "protocol",
+]
+
+
+def table(
+    runs: Runs,
+    stat: str = "mean",
+    against: str | None = None,
+    prompt_set: str | None = None,
+    guidance: float | None = None,
+    metrics: Sequence[str] | None = None,
+    protocol: str | None = None,
+) -> pd.DataFrame:
+    """One row for each model, prompt set, guidance and metric, with a paired bootstrap 95 % interval.
+
+    stat: mean or median of the scores, or, with `against`, of the per-prompt differences to that model;
+    winrate over `against` (default base) in [0, 1]. metrics: names; "judge" stands for all judge readings,
+    "average" for the paper's mean of raw scores; default all metrics and the judge's main readings. protocol:
+    one, mean or best image of a prompt; default the suite's.
+    """
+    _one_of(stat, stats.STATS, "--stat")
+    protocol = protocol or default_protocol(runs)
+    _one_of(protocol, stats.PROTOCOLS, "protocol")
+    if stat == "winrate":
+        against = against or BASE
+    against = runs.resolve(against) if against else None
+    groups = _chosen_groups(runs, prompt_set, guidance)
+    chosen = _chosen_metrics(runs, metrics)
+    parts = []
+    for group in groups:
+        scores = group_scores(runs, group)
+        for metric in chosen:
+            if metric not in scores.metrics or (against and against not in scores.models):
+                continue
+            part = stats.compare(scores, metric, stat, against, protocol)
+            parts.append(part.assign(prompt_set=group[0], guidance=group[1], metric=metric))
+    tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+    return tidy.assign(stat=stat, against=against or "", protocol=protocol)[COLUMNS]
+
+
+def render(tidy: pd.DataFrame, format: str = "text") -> str:
+    """Lay a tidy table out: text, md and latex side by side, the best marked; csv and json as tidy rows."""
+    _one_of(format, FORMATS, "--format")
+    if format == "csv":
+        return tidy.to_csv(index=False, lineterminator="\n")
+    if format == "json":
+        rows = tidy.astype(object).where(tidy.notna(), None).to_dict("records")
+        return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
+    return layouts.render(tidy, format)
+
+
+def default_protocol(runs: Runs) -> str:
+    return runs.evaluation.get("protocol") or "mean"
+
+
+def group_scores(runs: Runs, group: tuple[str, float]) -> stats.Scores:
+    """The scores of one (prompt set, guidance) as an array."""
+    rows = runs.scores
+    rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
+    return stats.gather(rows, list(runs.models), runs.evaluation.get("seeds") or ())
+
+
+def metric_names(runs: Runs) -> list[str]:
+    """All metrics of the runs, judge readings last."""
+    return sorted(runs.scores["metric"].unique(), key=stats.metric_order)
+
+
+def lead_metric(runs: Runs) -> str:
+    """What decides who won: the exact judge where the world has one, else the first metric."""
+    names = metric_names(runs)
+    return JUDGE_PARTS[0] if JUDGE_PARTS[0] in names else names[0]
+
+
+def _one_of(value: str, options: Sequence[str], what: str) -> None:
+    if value not in options:
+        raise UsageError(
+            f"{what}: unknown '{value}'{did_you_mean(value, options)}; one of {', '.join(options)}"
+        )
+
+
+def _chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) -> list[tuple[str, float]]:
+    groups = runs.groups
+    chosen = [g for g in groups if prompt_set in (None, g[0]) and (guidance is None or g[1] == guidance)]
+    if not chosen:
+        there = ", ".join(f"{name} at guidance {scale:g}" for name, scale in groups)
+        raise UsageError(
+            f"no scores for prompt set {prompt_set or 'any'} at guidance "
+            f"{'any' if guidance is None else f'{guidance:g}'}; there are {there}"
+        )
+    return chosen
+
+
+def _chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
+    names = metric_names(runs)
+    if not metrics:
+        return [name for name in names if not name.startswith(stats.JUDGE) or name in JUDGE_PARTS]
+    chosen: list[str] = []
+    for metric in metrics:
+        if metric == "judge":
+            chosen += [name for name in names if name.startswith(stats.JUDGE)]
+            continue
+        _one_of(metric, [*names, stats.AVERAGE], "metrics")
+        chosen.append(metric)
+    return list(dict.fromkeys(chosen))
+
+
+def summary(runs: Runs) -> str:
+    """The comparison so far, as text: in each setting the lead metric with intervals, then the rest."""
+    lead = lead_metric(runs)
+    protocol = default_protocol(runs)
+    shown = [lead] + [
+        name for name in metric_names(runs) if not name.startswith(stats.JUDGE) and name != lead
+    ]
+    blocks = []
+    for group in runs.groups:
+        scores = group_scores(runs, group)
+        there = [name for name in shown if name in scores.metrics]
+        plain = {
+            name: stats.compare(scores, name, "mean", None, protocol).set_index("model") for name in there
+        }
+        gain = {
+            name: stats.compare(scores, name, "mean", BASE, protocol).set_index("model")
+            for name in there
+            if BASE in scores.models
+        }
+        blocks.append(layouts.summary_block(group, protocol, lead, list(scores.models), plain, gain))
+    notes = [layouts.SUMMARY_NOTE] + [f"note: {problem}" for problem in runs.problems]
+    return "\n\n".join(blocks + ["\n".join(notes)]) + "\n"

@@ -1,0 +1,165 @@
+"""Reading runs: what belongs together, what is set apart, what is unreadable."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_runs
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench.errors import BenchError, UsageError
+from reports.cost import costs
+from reports.load import load_runs, prompt_texts
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def test_runs_of_one_suite_are_joined_and_base_rows_counted_once(root: Path) -> None:
+    fake_runs.write_all(root, seeds=(0, 1))
+    runs = load_runs(None, root)
+    assert list(runs.models) == ["base", "SFT", "Diffusion-DPO", "SPIN-1", "SPIN-2", "SPIN-3"]
+    assert runs.problems == []
+    counts = runs.scores.groupby("model", observed=True).size()
+    assert counts["base"] == 24 * 2 * len(fake_runs.METRICS)
+    assert counts["SPIN-2"] == 2 * counts["base"]
+    assert runs.scores.loc[runs.scores["model"] == "base", "train_seed"].isna().all()
+    assert set(runs.history["model"]) == set(runs.models) - {"base"}
+    assert runs.groups == [("test", 1.0), ("test", 3.0)]
+
+
+def test_another_suite_is_set_apart_with_the_reason(root: Path) -> None:
+    fake_runs.write_run(root, "spin", created="2026-11-23T12:00:00")
+    changed = {"data": {"pairs": "world", "size": 99, "seed": 0}}
+    other = fake_runs.write_run(root, "sft", change=changed)
+    runs = load_runs(None, root)
+    assert "SFT" not in runs.models
+    assert runs.problems == [
+        f"{other.name}: set apart, another suite than 20261123-100000-spin-s0: data.size 99 against 2000"
+    ]
+
+
+def test_what_only_changes_speed_does_not_set_apart(root: Path) -> None:
+    fake_runs.write_run(root, "spin")
+    suite = fake_runs.suite(("test",), (1.0, 3.0), (5775709,))
+    fake_runs.write_run(
+        root, "sft", change={"train": {**suite["train"], "micro_batch": 4}, "description": "mine"}
+    )
+    assert load_runs(None, root).problems == []
+
+
+def test_other_settings_of_a_method_are_not_averaged_with_it(root: Path) -> None:
+    fake_runs.write_run(root, "sft", 0, created="2026-11-23T12:00:00")
+    fake_runs.write_run(
+        root, "sft", 1, change={"methods": {"sft": {"iterations": [{"steps": 200, "lr": 1.0}]}}}
+    )
+    runs = load_runs(None, root)
+    assert len(runs.protocols) == 1
+    assert "sft with other settings" in runs.problems[0]
+    assert "lr 1.0 against 1e-05" in runs.problems[0]
+
+
+def test_a_repeated_run_gives_way_to_the_newer(root: Path) -> None:
+    fake_runs.write_run(root, "sft", name="old", created="2026-11-23T09:00:00")
+    fake_runs.write_run(root, "sft", name="new", created="2026-11-23T10:00:00")
+    runs = load_runs(None, root)
+    assert set(runs.scores["run"]) == {"new"}
+    assert "old: repeats" in runs.problems[0]
+
+
+def test_unreadable_and_unfinished_runs_are_named_and_passed_over(root: Path) -> None:
+    fake_runs.write_run(root, "spin")
+    for name in ("cut", "early", "garbled", "hollow"):
+        fake_runs.write_run(root, "sft", name=name)
+    (root / "cut" / "scores.parquet").write_bytes((root / "cut" / "scores.parquet").read_bytes()[:300])
+    (root / "early" / "scores.parquet").unlink()
+    (root / "garbled" / "protocol.json").write_text("{")
+    pd.DataFrame({"run": ["x"]}).to_parquet(root / "hollow" / "scores.parquet")
+    (root / "notes.txt").write_text("not a run")
+    runs = load_runs(None, root)
+    assert list(runs.protocols) == ["20261123-100000-spin-s0"]
+    assert sorted(problem.split(":")[0] for problem in runs.problems) == ["cut", "early", "garbled", "hollow"]
+    assert all("\n" not in problem for problem in runs.problems)
+
+
+def test_partly_finished_runs_and_bad_scores_are_told(root: Path) -> None:
+    folder = fake_runs.write_run(root, "spin")
+    protocol = json.loads((folder / "protocol.json").read_text()) | {"iterations": 5}
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    scores = pd.read_parquet(folder / "scores.parquet")
+    scores.loc[:2, "value"] = np.nan
+    scores.to_parquet(folder / "scores.parquet")
+    (folder / "cost.json").unlink()
+    problems = "\n".join(load_runs(None, root).problems)
+    assert "3 scores are not numbers" in problems
+    assert "3 of 5 iterations" in problems
+    assert "no cost.json" in problems
+
+
+def test_base_scores_that_disagree_are_told(root: Path) -> None:
+    fake_runs.write_run(root, "spin")
+    folder = fake_runs.write_run(root, "sft")
+    scores = pd.read_parquet(folder / "scores.parquet")
+    scores.loc[scores["method"] == "base", "value"] += 1
+    scores.to_parquet(folder / "scores.parquet")
+    assert any("base scores differ" in problem for problem in load_runs(None, root).problems)
+
+
+def test_paths_ids_and_folders_of_runs_are_found(root: Path) -> None:
+    fake_runs.write_all(root)
+    name = "20261123-100000-sft-s0"
+    assert list(load_runs([root / name]).protocols) == [name]
+    assert list(load_runs([Path(name)], root).protocols) == [name]
+    assert len(load_runs([root]).protocols) == 3
+    with pytest.raises(UsageError, match="did you mean"):
+        load_runs([Path("20261123-100000-sft-s9")], root)
+    with pytest.raises(BenchError, match="bench run"):
+        load_runs(None, root / "nowhere")
+
+
+def test_models_are_found_by_label_method_and_iteration(root: Path) -> None:
+    fake_runs.write_all(root)
+    runs = load_runs(None, root)
+    found = {name: runs.resolve(name) for name in ("spin-2", "spin", "spin:1", "diffusion_dpo", "Base")}
+    assert found == {
+        "spin-2": "SPIN-2",
+        "spin": "SPIN-3",
+        "spin:1": "SPIN-1",
+        "diffusion_dpo": "Diffusion-DPO",
+        "Base": "base",
+    }
+    with pytest.raises(UsageError, match="did you mean 'SFT'"):
+        runs.resolve("SFTT")
+
+
+def test_prompt_texts_and_costs(root: Path) -> None:
+    fake_runs.write_all(root, seeds=(0, 1))
+    runs = load_runs(None, root)
+    texts = prompt_texts(runs, "test")
+    assert texts[fake_runs.prompt_id(fake_runs.HOSTILE[0])] == fake_runs.HOSTILE[0]
+    price = costs(runs).set_index("model")
+    assert price["pairs"].to_dict() == {
+        "base": 0,
+        "SFT": 6400,
+        "Diffusion-DPO": 6400,
+        "SPIN-1": 6400,
+        "SPIN-2": 12800,
+        "SPIN-3": 19200,
+    }
+    assert price.loc["SPIN-2", ["train_flops", "sample_flops", "seconds"]].tolist() == [4e13, 8e13, 320]
+
+
+def test_reports_start_without_torch_and_plotting() -> None:
+    code = (
+        "import sys, reports.load, reports.tables, reports.page; "
+        "print([m for m in ('torch', 'matplotlib', 'seaborn', 'scipy', 'jinja2') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,138 @@
+"""Statistics: protocols, win rates, intervals and their coverage."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reports import stats
+
+RNG = np.random.default_rng(7)
+
+
+def long(values: dict[str, np.ndarray], metric: str = "pickscore") -> pd.DataFrame:
+    """Arrays [prompts, sampling seeds] of each model as long rows, training seed 0, the base untrained."""
+    frames = []
+    for model, array in values.items():
+        prompts, seeds = np.indices(array.shape)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "model": model,
+                    "train_seed": pd.array([pd.NA if model == "base" else 0] * array.size, "Int64"),
+                    "prompt_id": [f"p{i}" for i in prompts.ravel()],
+                    "seed": seeds.ravel(),
+                    "metric": metric,
+                    "value": array.ravel(),
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def compare(values: dict[str, np.ndarray], **options) -> pd.DataFrame:
+    return stats.compare(stats.gather(long(values), list(values)), "pickscore", **options).set_index("model")
+
+
+def test_row_order_changes_nothing() -> None:
+    rows = long({"base": RNG.standard_normal((20, 2)), "a": RNG.standard_normal((20, 2))})
+    for stat in stats.STATS:
+        against = "base" if stat == "winrate" else None
+        tables = [
+            stats.compare(stats.gather(order, ["base", "a"]), "pickscore", stat, against, "mean")
+            for order in (rows, rows.sample(frac=1, random_state=1))
+        ]
+        pd.testing.assert_frame_equal(*tables)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=40))
+@settings(deadline=None, max_examples=25)
+def test_win_rates_of_both_sides_add_up_to_one(pairs: list[tuple[int, int]]) -> None:
+    a, b = (np.array(side, float)[:, None] for side in zip(*pairs, strict=True))
+    forth = compare({"a": a, "b": b}, stat="winrate", against="b", resamples=50).loc["a"]
+    back = compare({"a": a, "b": b}, stat="winrate", against="a", resamples=50).loc["b"]
+    assert forth["value"] + back["value"] == pytest.approx(1)
+    assert forth["low"] + back["high"] == pytest.approx(1)
+    assert forth["value"] == pytest.approx(np.mean([(x > y) + 0.5 * (x == y) for x, y in pairs]))
+
+
+def test_protocols_by_hand() -> None:
+    a = np.array([[1.0, 3.0, 2.0], [6.0, 4.0, 5.0]])
+    judge = np.array([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
+    rows = pd.concat([long({"a": a}), long({"a": judge}, "judge/utility")])
+    scores = stats.gather(rows, ["a"], image_seeds=[2, 0, 1])
+    reduced = {name: stats.per_prompt(scores, name)[0, 0] for name in stats.PROTOCOLS}
+    np.testing.assert_array_equal(reduced["one"][:, :2], [[2, 30], [5, 60]])  # the suite's first seed is 2
+    np.testing.assert_array_equal(reduced["mean"][:, :2], [[2, 20], [5, 50]])
+    np.testing.assert_array_equal(reduced["best"][:, :2], [[3, 20], [6, 40]])  # the judge does not choose
+
+
+def test_average_is_the_mean_of_the_papers_scores() -> None:
+    parts = {"pickscore": 20.0, "aesthetic": 6.0, "clip": 0.3, "judge/utility": 1.0}
+    rows = pd.concat([long({"a": np.full((3, 1), value)}, name) for name, value in parts.items()])
+    scores = stats.gather(rows, ["a"])
+    assert scores.metrics[-1] == "average"
+    np.testing.assert_allclose(scores.values[..., -1], 13.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 301])
+def test_resampled_medians_are_those_of_the_resamples(n: int) -> None:
+    rows = RNG.integers(0, 40, (2, n)).astype(float)
+    counts = stats._counts(n, 60).astype(int)
+    expected = [[np.median(np.repeat(row, counts[:, b])) for b in range(60)] for row in rows]
+    np.testing.assert_allclose(stats._resampled_medians(rows, 60), expected)
+
+
+@pytest.mark.parametrize(("stat", "truth"), [("mean", 1.0), ("median", np.log(2))])
+def test_coverage_is_that_promised(stat: str, truth: float) -> None:
+    """1,000 data sets of 200 skewed scores: the interval holds the truth in 93 to 97 % of them."""
+    data = np.random.default_rng(3).exponential(size=(1000, 1, 200))
+    low, high, _ = stats.estimates(data, stat, resamples=400)
+    assert 0.93 < np.mean((low <= truth) & (truth <= high)) < 0.97
+
+
+def test_coverage_with_training_seeds_as_clusters() -> None:
+    """Ten seeds that differ: resampling prompts alone would cover far too rarely."""
+    rng = np.random.default_rng(4)
+    data = 0.3 * rng.standard_normal((400, 10, 1)) + rng.standard_normal((400, 10, 60))
+    low, high, _ = stats.estimates(data, resamples=400)
+    covered = np.mean((low <= 0) & (high >= 0))
+    flat_low, flat_high, _ = stats.estimates(data.mean(axis=1, keepdims=True), resamples=400)
+    assert covered > 0.90
+    assert np.mean((flat_low <= 0) & (flat_high >= 0)) < 0.75
+
+
+def test_seeds_are_paired_and_the_base_counts_once() -> None:
+    """A difference between two methods that share each seed's luck is free of that luck."""
+    luck = np.array([-5.0, 0.0, 5.0])
+    frames = [long({"base": np.zeros((30, 1))})]
+    for seed, shift in enumerate(luck):
+        rows = long({"a": np.full((30, 1), shift), "b": np.full((30, 1), shift + 1)})
+        frames.append(rows.assign(train_seed=pd.array([seed] * len(rows), "Int64")))
+    scores = stats.gather(pd.concat(frames), ["base", "a", "b"])
+    paired = stats.compare(scores, "pickscore", "mean", "a").set_index("model")
+    assert paired.loc["b", ["value", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
+    assert stats.compare(scores, "pickscore").set_index("model")["n_seeds"].to_dict() == {
+        "base": 1,
+        "a": 3,
+        "b": 3,
+    }
+    assert paired.loc["base", "high"] - paired.loc["base", "low"] > 5
+
+
+def test_only_prompts_that_every_model_has_are_compared() -> None:
+    rows = long({"base": np.zeros((10, 1)), "a": np.arange(10.0)[:, None]})
+    rows = rows[~((rows["model"] == "a") & (rows["prompt_id"] == "p9"))]
+    found = stats.compare(stats.gather(rows, ["base", "a"]), "pickscore").set_index("model")
+    assert found["n_prompts"].tolist() == [9, 9]
+    assert found.loc["a", "value"] == 4
+
+
+def test_intervals_are_the_same_every_time() -> None:
+    data = RNG.standard_normal((2, 3, 50))
+    first = stats.estimates(data)
+    stats._counts.cache_clear()
+    np.testing.assert_array_equal(stats.estimates(data), first)

@@ -1,0 +1,126 @@
+"""Tables: tidy rows, their layouts, and the summary a run ends with."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import fake_runs
+import pandas as pd
+import pytest
+
+from bench.errors import UsageError
+from reports import tables
+from reports.load import Runs, load_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("runs")
+    return load_runs(None, fake_runs.write_all(root, seeds=(0, 1), prompt_sets=("test", "hard"), count=60))
+
+
+def test_values_are_those_of_the_scores(runs: Runs) -> None:
+    tidy = tables.table(runs, "mean", prompt_set="hard", guidance=1.0, metrics=["clip"]).set_index("model")
+    rows = runs.scores.query(
+        "prompt_set == 'hard' and guidance == 1 and metric == 'clip' and model == 'SPIN-2'"
+    )
+    row = tidy.loc["SPIN-2"]
+    assert row["value"] == pytest.approx(rows["value"].mean())
+    assert row["low"] < row["value"] < row["high"]
+    assert (row["n_prompts"], row["n_seeds"], tidy.loc["base", "n_seeds"]) == (60, 2, 1)
+
+
+def test_defaults_differences_and_win_rates(runs: Runs) -> None:
+    tidy = tables.table(runs)
+    assert len(tidy) == 6 * 4 * 6  # models, settings, metrics with the judge's three main readings
+    assert "judge/fade" not in set(tidy["metric"])
+    assert "judge/fade" in set(tables.table(runs, metrics=["judge"])["metric"])
+    gain = tables.table(runs, "mean", "sft", metrics=["judge/utility"])
+    assert "SFT" not in set(gain["model"])
+    assert (gain.loc[gain["model"] == "base", "high"] < 0).all()
+    rate = tables.table(runs, "winrate", metrics=["judge/utility"])
+    assert rate["value"].between(0, 1).all() and set(rate["against"]) == {"base"}
+    assert set(tables.table(runs, metrics=["average"])["metric"]) == {"average"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stat": "meen"}, "did you mean 'mean'"),
+        ({"against": "spim"}, "did you mean"),
+        ({"metrics": ["pikscore"]}, "did you mean 'pickscore'"),
+        ({"prompt_set": "tset"}, "test at guidance 1"),
+        ({"guidance": 7.5}, "hard at guidance 3"),
+        ({"protocol": "worst"}, "one, mean, best"),
+    ],
+)
+def test_wrong_requests_are_told_in_one_line(runs: Runs, options: dict, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        tables.table(runs, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_formats_for_programs_are_tidy(runs: Runs) -> None:
+    tidy = tables.table(runs, "median", guidance=3.0, metrics=["clip", "judge/utility"])
+    read = pd.read_csv(io.StringIO(tables.render(tidy, "csv")), keep_default_na=False)
+    assert read["value"].tolist() == pytest.approx(tidy["value"].tolist())
+    rows = json.loads(tables.render(tidy, "json"))
+    assert len(rows) == len(tidy) and rows[0]["stat"] == "median" and rows[0]["n_prompts"] == 60
+
+
+@pytest.mark.parametrize("format", ["text", "md", "latex"])
+def test_formats_for_people_name_their_protocol_and_set_the_judge_apart(runs: Runs, format: str) -> None:
+    shown = tables.render(tables.table(runs, "winrate", guidance=3.0), format)
+    for words in (
+        "prompt set test",
+        "prompt set hard",
+        "guidance 3",
+        "60 prompts",
+        "2 training seeds",
+        "mean over the images",
+        "exact judge",
+        "over base",
+    ):
+        assert words in shown
+    judged = [line for line in shown.splitlines() if "utility" in line]
+    assert judged and not any("PickScore" in line for line in judged)
+
+
+def test_best_is_marked(runs: Runs) -> None:
+    tidy = tables.table(runs, prompt_set="test", guidance=3.0, metrics=["judge/utility", "judge/fade"])
+    best = tidy.loc[tidy["metric"] == "judge/utility"].set_index("model")["value"].idxmax()
+    least = tidy.loc[tidy["metric"] == "judge/fade"].set_index("model")["value"].idxmin()
+    markdown = tables.render(tidy, "md").splitlines()
+    line = next(line for line in markdown if line.startswith(f"| {best}"))
+    assert line.split("|")[2].strip().startswith("**")
+    line = next(line for line in markdown if line.startswith(f"| {least}"))
+    assert line.split("|")[3].strip().startswith("**")  # of a defect less is better
+    assert r"\textbf{" in tables.render(tidy, "latex") and r"\underline{" in tables.render(tidy, "latex")
+
+
+def test_wide_text_is_folded_and_labels_are_escaped(runs: Runs) -> None:
+    assert max(map(len, tables.render(tables.table(runs, metrics=["clip", "judge"])).splitlines())) < 200
+    tidy = tables.table(runs, guidance=3.0, metrics=["clip"]).replace(
+        {"model": {"SFT": "a_b & 5% {x} | *y*"}}
+    )
+    assert r"a\_b \& 5\% \{x\} | *y*" in tables.render(tidy, "latex")
+    assert r"a\_b & 5% {x} \| \*y\*" in tables.render(tidy, "md")
+
+
+def test_summary(runs: Runs) -> None:
+    text = tables.summary(runs)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert text.count("utility (exact judge)") == 4
+    for model in runs.models:
+        assert sum(line.startswith(f"{model} ") for line in lines) == 4
+    assert "+0." in text and "[" in text
+
+
+def test_without_a_judge_the_first_metric_leads(tmp_path: Path) -> None:
+    metrics = {"pickscore": fake_runs.METRICS["pickscore"], "clip": fake_runs.METRICS["clip"]}
+    fake_runs.write_run(tmp_path, "sft", metrics=metrics)
+    text = tables.summary(load_runs(None, tmp_path))
+    assert "judge" not in text and "PickScore" in text
