@@ -1,0 +1,279 @@
+"""The command line. Heavy imports happen inside the commands: help, lists and mistakes answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bench import __version__
+from bench.errors import BenchError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from bench.runs import Run
+    from bench.suites import Suite
+
+PAGE = "report.html"
+as_json = click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text",
+                       show_default=True)
+
+
+class Commands(click.Group):
+    """Lists commands in the order they are used, and knows what a mistyped one was meant to be."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            raise UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], known)}; "
+                             f"commands: {', '.join(known)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="bench")
+def cli() -> None:
+    """Train, sample, score and compare alignment methods for text-to-image diffusion models."""
+
+
+@cli.command()
+@click.option("--method", help="A method of `bench list methods`, or all: every method of the suite in turn.")
+@click.option("--iters", type=int, help="How many iterations (default: as many as the suite lists). With "
+              "--method all this is for self-play; the other methods keep what the suite lists.")
+@click.option("--suite", help="A suite of `bench list suites`, or a YAML file.  [default: mini]")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of training and of the opponent's "
+              "samples; evaluation samples are seeded by the suite.  [default: 0]")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+              help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.")
+@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started.")
+@click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
+@click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
+@as_json
+def run(method: str | None, iters: int | None, suite: str | None, seed: int | None, settings: tuple[str, ...],
+        resume: str | None, mongo: str | None, sql: str | None, layout: str) -> None:
+    """Train, sample, score, and print the comparison so far.
+
+    Whatever was cut short goes on with --resume. The last line printed is the path of the page.
+    """
+    if iters is not None and iters < 1:
+        raise UsageError(f"--iters: a run has at least 1 iteration, not {iters}")
+    from bench import registry, runs
+    from bench.suites import load_suite, override
+
+    if mongo or sql:
+        from bench.tracking import require_drivers
+
+        require_drivers(mongo, sql)
+    if resume:
+        resumed = runs.load(resume)
+        wanted = load_suite(suite, settings) if suite else override(resumed.suite, settings)
+        asked = {"method": method, "seed": seed, "iterations": iters}
+        runs.refuse_changes(resumed, {name: value for name, value in asked.items() if value is not None}
+                            | {"suite": wanted.model_dump()})
+        finished = _execute(resumed.suite, [resumed], mongo, sql)
+    else:
+        chosen = load_suite(suite or "mini", settings)
+        if method is None:
+            raise UsageError(f"--method is missing: all, or one of {', '.join(registry.names('methods'))}")
+        methods = list(chosen.methods) if method == "all" else [method]
+        for name in methods:
+            registry.check("methods", name)
+            chosen.schedule(name)
+        plans = _planned(chosen, methods, seed or 0, iters, only_self_play=method == "all")
+        finished = _execute(chosen, plans, mongo, sql)
+    _compare(finished, layout)
+
+
+def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
+             only_self_play: bool) -> list[dict[str, Any]]:
+    """Settings of the runs to make, checked as far as is possible before anything is loaded."""
+    from bench.experiment import build_method, planned_iterations
+
+    plans = []
+    for method in methods:
+        count = planned_iterations(method, suite, iters, only_self_play)
+        for iteration in suite.schedule(method, count):
+            build_method(method, iteration)
+        plans.append({"method": method, "suite": suite, "seed": seed, "iterations": count})
+    return plans
+
+
+def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | None,
+             sql: str | None) -> list[Run]:
+    """Run one after another; a run's folder is made when its turn comes."""
+    from bench import runs
+    from bench.experiment import Interrupted, execute
+    from bench.shared import Shared
+
+    shared = Shared(suite)
+    finished = []
+    for position, plan in enumerate(plans):
+        current = runs.create(**plan) if isinstance(plan, dict) else plan
+        click.echo(f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
+                   f"{suite.name}, seed {current.seed}", err=True)
+        try:
+            execute(current, shared, mongo, sql)
+        except Interrupted as error:
+            left = [later["method"] for later in plans[position + 1:]]
+            raise Interrupted(f"{error}" + (f"; not started: {', '.join(left)}" if left else "")) from None
+        finished.append(current)
+    return finished
+
+
+def _compare(finished: list[Run], layout: str) -> None:
+    """Print how the runs just made compare with the other ones of their suite and seed; write the page."""
+    from bench import runs
+    from reports import load, page, tables
+
+    loaded = load.load_runs([run.folder for run in runs.comparable(finished[-1])])
+    path = page.write(loaded, Path(PAGE))
+    if layout == "json":
+        table = json.loads(tables.render(tables.table(loaded), "json"))
+        identities = [run.id for run in finished]
+        click.echo(json.dumps({"runs": identities, "table": table, "page": str(path)}, indent=1))
+    else:
+        click.echo(tables.summary(loaded))
+        click.echo(str(path))
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("-o", "--output", default=PAGE, show_default=True,
+              type=click.Path(dir_okay=False, path_type=Path))
+@as_json
+def report(names: tuple[str, ...], output: Path, layout: str) -> None:
+    """Write one self-contained page about runs (default: all).
+
+    Runs are those of results/runs; the page's path is printed.
+    """
+    from reports import load, page
+
+    path = page.write(load.load_runs([Path(name) for name in names] or None), output)
+    click.echo(json.dumps({"page": str(path)}) if layout == "json" else str(path))
+
+
+@cli.command()
+@click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("--stat", default="mean", show_default=True, help="mean, median or winrate.")
+@click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
+              "the table, or METHOD[:ITERATION].  [default for winrate: base]")
+@click.option("--prompt-set", help="Only this prompt set.")
+@click.option("--guidance", type=float, help="Only this guidance scale.")
+@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge stands for all its readings.")
+@click.option("--protocol", help="one, mean or best: how the images of a prompt become one number.  "
+              "[default: the suite's]")
+@click.option("--format", "layout", default="text", show_default=True, help="text, csv, md, latex or json.")
+def table(names: tuple[str, ...], stat: str, against: str | None, prompt_set: str | None,
+          guidance: float | None, metrics: str | None, protocol: str | None, layout: str) -> None:
+    """Print a table of runs (default: all) with intervals.
+
+    Runs are those of results/runs; intervals are 95 %, bootstrapped and paired over prompts.
+    """
+    from reports import load, tables
+
+    runs = load.load_runs([Path(name) for name in names] or None)
+    chosen = metrics.split(",") if metrics else None
+    tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
+    click.echo(tables.render(tidy, layout).rstrip("\n"))
+
+
+@cli.command("list")
+@click.argument("kind", metavar="methods|metrics|suites|prompts|runs")
+@as_json
+def list_command(kind: str, layout: str) -> None:
+    """List what there is to choose from."""
+    from bench.listing import KINDS
+
+    if kind not in KINDS:
+        raise UsageError(f"cannot list '{kind}'{did_you_mean(kind, KINDS)}; one of {', '.join(KINDS)}")
+    entries = KINDS[kind]()
+    if layout == "json":
+        click.echo(json.dumps(list(entries)))
+        return
+    width = max(map(len, entries), default=0)
+    for name, remark in entries.items():
+        click.echo(f"{name:<{width}}  {remark}".rstrip())
+
+
+@cli.command()
+@click.argument("name", metavar="RUN")
+@click.option("--iter", "iteration", type=int, help="Which iteration.  [default: the last]")
+@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path),
+              help="A folder that does not exist yet.")
+def export(name: str, iteration: int | None, output: Path) -> None:
+    """Write a trained model as a diffusers pipeline folder.
+
+    The folder loads whole with StableDiffusionPipeline.from_pretrained and has a model card.
+    """
+    from bench.export import export_run
+
+    click.echo(str(export_run(name, iteration, output)))
+
+
+@cli.command()
+@click.option("--model", default="mini", show_default=True,
+              help="mini, a diffusers pipeline folder or a hub id.")
+@click.option("--prompts", required=True,
+              help="A txt, csv, jsonl or parquet file, or a set of `bench list prompts`.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
+@click.option("--guidance", type=float, default=3.0, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", "seeds", type=int, multiple=True, default=[5775709], show_default=True,
+              help="May be repeated: one image a prompt for each.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path))
+def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: int, seeds: tuple[int, ...],
+           batch_size: int, output: Path) -> None:
+    """Sample images for prompts into a folder.
+
+    Its prompts.csv says which file belongs to which prompt.
+    """
+    from bench.data import load_prompts
+
+    chosen = load_prompts(prompts, limit)
+    from bench.export import sample_folder
+
+    sample_folder(model, chosen, output, guidance=guidance, steps=steps, seeds=seeds, batch_size=batch_size)
+    click.echo(str(output))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a mistake or a failure is one line on stderr, with BENCH_DEBUG=1 the whole trace."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # advice on packages left out on purpose
+    if os.environ.get("BENCH_DEBUG"):
+        cli.main(arguments, prog_name="bench")
+    try:
+        sys.exit(cli.main(arguments, prog_name="bench", standalone_mode=False) or 0)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        hint = f"; see {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+        _fail(error.format_message().rstrip(".") + hint, error.exit_code)
+    except BenchError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader has gone, as in `bench table | head`; nothing more may be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error} (BENCH_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"bench: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

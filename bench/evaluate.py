@@ -1,0 +1,117 @@
+"""Images in, one long table out: every score of every image on a row of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from bench import registry
+from bench.data import PromptSet
+from bench.errors import BenchError, UsageError
+from bench.mini.judge import Judge
+from bench.progress import track
+from metrics.base import Images, Metric
+from metrics.clip_family import shared_embeddings
+
+COLUMNS = ("run", "method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """All that scores an image, loaded once: the metrics by name, and the exact judge if there is one."""
+
+    metrics: Mapping[str, Metric]
+    judge: Judge | None = None
+
+    @classmethod
+    def load(cls, names: Sequence[str], judge: str | None = None,
+             options: Mapping[str, Mapping[str, Any]] | None = None, device: str = "cpu") -> Scorers:
+        """Load the metrics a suite names; `options` holds keyword arguments of `Metric.load` by metric."""
+        options = options or {}
+        loaded = {}
+        for name in names:
+            load = registry.metric(name).load
+            chosen = {"device": device, **options.get(name, {})}
+            try:
+                signature(load).bind(**chosen)
+            except TypeError as error:
+                raise UsageError(f"metric_options.{name}: {error}") from error
+            loaded[name] = load(**chosen)
+        return cls(loaded, Judge.load(judge, device) if judge else None)
+
+    def score(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Score image i against prompt i: float32 [N] by metric, the judge's values as "judge/<name>"."""
+        with shared_embeddings():
+            scores = {name: metric.score(images, prompts) for name, metric in self.metrics.items()}
+        if self.judge is not None:
+            judged = self.judge.score(images, prompts)
+            scores |= {f"judge/{name}": values for name, values in judged.items()}
+        return scores
+
+    def info(self) -> dict[str, dict[str, Any]]:
+        """How each metric's numbers come about, by name; for the protocol."""
+        return {name: metric.info() for name, metric in self.metrics.items()}
+
+
+def evaluate(images: np.ndarray, prompts: PromptSet, seeds: Sequence[int], scorers: Scorers, *, run: str,
+             method: str, iteration: int, prompt_set: str, guidance: float) -> pd.DataFrame:
+    """Score the samples of one model on one prompt set and return its part of the long table.
+
+    images: uint8 [P * S, H, W, 3] in the sampler's order, i.e. row p * S + s shows prompt p under seeds[s].
+    """
+    texts = [prompt for prompt in prompts.prompts for _ in seeds]
+    if len(images) != len(texts):
+        raise BenchError(f"{len(images)} images for {len(prompts)} prompts and {len(seeds)} seeds")
+    identity = {"run": run, "method": method, "iteration": iteration, "prompt_set": prompt_set,
+                "guidance": float(guidance)}
+    return table_rows(scorers.score(images, texts), prompts.ids, seeds, identity)
+
+
+def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int],
+               identity: Mapping[str, Any]) -> pd.DataFrame:
+    """Long rows of scores [P * S] in the sampler's order; `identity` holds the columns equal in all."""
+    images = {**identity, "prompt_id": np.repeat(np.asarray(prompt_ids, dtype=object), len(seeds)),
+              "seed": np.tile(np.asarray(seeds, dtype=np.int64), len(prompt_ids))}
+    parts = [pd.DataFrame({**images, "metric": name, "value": values}) for name, values in scores.items()]
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+    return table[list(COLUMNS)]
+
+
+def image_folder(run_folder: Path, prompt_set: str, guidance: float, iteration: int) -> Path:
+    """Where a run keeps the samples of one model: images/<prompt_set>/g<guidance>/iter<iteration>."""
+    return Path(run_folder) / "images" / prompt_set / f"g{guidance:g}" / f"iter{iteration}"
+
+
+def image_paths(folder: Path, prompt_ids: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """`<prompt_id>-<seed>.png` for every image, in the sampler's order."""
+    return [Path(folder) / f"{prompt_id}-{seed}.png" for prompt_id in prompt_ids for seed in seeds]
+
+
+def write_images(folder: Path, images: np.ndarray, prompt_ids: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write uint8 [P * S, H, W, 3] as PNG files into `folder`."""
+    paths = image_paths(folder, prompt_ids, seeds)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    pairs = zip(paths, images, strict=True)
+    for path, image in track(pairs, "writing images", total=len(paths), unit="image"):
+        Image.fromarray(image).save(path, compress_level=1)
+
+
+def read_images(folder: Path, prompt_ids: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """Read back what `write_images` wrote: uint8 [P * S, H, W, 3]."""
+    paths = image_paths(folder, prompt_ids, seeds)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise BenchError(f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}")
+    return np.stack([_read_png(path) for path in paths])
+
+
+def _read_png(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

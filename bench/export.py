@@ -1,0 +1,117 @@
+"""Models and images for use elsewhere: whole diffusers pipelines with a model card, folders of samples."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from bench import evaluate, models, registry, runs
+from bench.data import PromptSet
+from bench.errors import BenchError, UsageError
+from bench.runs import Run
+from bench.sample import sample
+from bench.stages import atomic_write
+
+
+def export_run(name: str, iteration: int | None, output: Path) -> Path:
+    """Write an iteration (default: the last trained) of a run as a pipeline folder with a model card."""
+    run = runs.load(name)
+    trained = [k for k in range(1, run.iterations + 1) if (run.folder / f"iter{k}" / "stage.json").exists()]
+    if not trained:
+        raise BenchError(f"{run.id} has no trained iteration yet; bench run --resume {run.id}")
+    iteration = trained[-1] if iteration is None else iteration
+    if iteration not in trained:
+        raise UsageError(f"{run.id} has no iteration {iteration}; it has {', '.join(map(str, trained))}")
+    with new_folder(output) as folder:
+        pipe = models.load_pipeline(run.suite.model.weights)
+        pipe.unet = models.load_unet(run.folder / f"iter{iteration}" / "unet")
+        pipe.save_pretrained(folder)
+        atomic_write(folder / "README.md", model_card(run, iteration))
+    return output
+
+
+def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: float, steps: int,
+                  seeds: Sequence[int], batch_size: int) -> None:
+    """Sample every prompt with every seed into `<prompt_id>-<seed>.png`, listed in prompts.csv."""
+    pipe = models.load_pipeline(model)
+    with new_folder(output) as folder:
+        pixels = sample(pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds,
+                        batch_size=batch_size)
+        evaluate.write_images(folder, pixels, prompts.ids, seeds)
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["file_name", "prompt"])
+        names = [path.name for path in evaluate.image_paths(folder, prompts.ids, seeds)]
+        writer.writerows(zip(names, [prompt for prompt in prompts.prompts for _ in seeds], strict=True))
+        atomic_write(folder / "prompts.csv", table.getvalue())
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that appears whole at `output`; an existing one with anything in it is left alone."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not empty; name a new folder")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, output)
+    except OSError as error:
+        raise BenchError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_card(run: Run, iteration: int) -> str:
+    """A model card: what was trained on what and how, what it scores against the base, and how to use it."""
+    title = f"{registry.method(run.method).title}, iteration {iteration}, suite {run.suite.name}"
+    suite = run.suite
+    evaluation, opponent = suite.evaluation, suite.opponent
+    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
+              "tags": ["diffusion-align-bench", run.method]}
+    schedule = [f"| {k} | {settings.steps} | {settings.lr:g} | {settings.beta or ''} |"
+                for k, settings in enumerate(suite.schedule(run.method, iteration), 1)]
+    return "\n".join([
+        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {title}", "",
+        f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}, in the pipeline it was "
+        "tuned from.",
+        "", "```python", "from diffusers import StableDiffusionPipeline", "",
+        'pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")',
+        f'image = pipe("a prompt", guidance_scale={evaluation.guidance[-1]:g}, '
+        f"num_inference_steps={evaluation.steps}).images[0]", "```", "",
+        "## Training", "",
+        f"- base model: `{suite.model.weights}`",
+        f"- data: {suite.data.size} pairs of `{suite.data.pairs}` (seed {suite.data.seed})",
+        f"- training seed {run.seed}",
+        f"- batch of {suite.train.batch_size}, AdamW, weight decay {suite.train.weight_decay:g}, "
+        f"{suite.train.warmup_steps} warm-up steps, gradients clipped at {suite.train.max_grad_norm:g}",
+        f"- opponent (self-play only): {opponent.steps} {opponent.scheduler} steps, guidance "
+        f"{opponent.guidance:g}",
+        "", "| iteration | steps | learning rate | beta |", "| --- | --- | --- | --- |", *schedule, "",
+        "## Protocol", "",
+        f"- prompts: {', '.join(f'{name} (`{p.prompts}`)' for name, p in evaluation.prompt_sets.items())}",
+        f"- sampling: {evaluation.steps} {evaluation.scheduler} steps, guidance "
+        f"{', '.join(f'{scale:g}' for scale in evaluation.guidance)}, seeds "
+        f"{', '.join(map(str, evaluation.seeds))}, protocol `{evaluation.protocol}`",
+        "", "## Scores", "", scores(run, iteration), "",
+    ])
+
+
+def scores(run: Run, iteration: int) -> str:
+    """The scores of one iteration and of the base model with 95 % intervals, in Markdown."""
+    from reports import load, tables
+
+    if not (run.folder / "scores.parquet").exists():
+        return "Not evaluated."
+    loaded = load.load_runs([run.folder])
+    table = tables.table(loaded)
+    wanted = {(load.BASE, 0), (run.method, iteration)}
+    shown = [label for label, model in loaded.models.items() if model in wanted]
+    return tables.render(table[table["model"].isin(shown)], "md").strip()

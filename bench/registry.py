@@ -1,0 +1,70 @@
+"""Methods and metrics by name, imported only when asked for.
+
+Other packages add their own through the entry-point groups `bench.methods` and `bench.metrics`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import BenchError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from methods.base import Method
+    from metrics.base import Metric
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    "methods": {
+        "sft": "methods.sft:SFT",
+        "diffusion_dpo": "methods.diffusion_dpo:DiffusionDPO",
+        "spin": "methods.spin:SPIN",
+    },
+    "metrics": {
+        "pickscore": "metrics.pickscore:PickScore",
+        "aesthetic": "metrics.aesthetic:Aesthetic",
+        "clip": "metrics.clip:CLIPScore",
+    },
+}
+
+
+def targets(kind: str) -> dict[str, str]:
+    """Every name of a kind ("methods" or "metrics") with the "module:Class" behind it, built-ins first."""
+    found = dict(BUILT_IN[kind])
+    for point in sorted(entry_points(group=f"bench.{kind}"), key=lambda point: point.name):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def names(kind: str) -> list[str]:
+    """The names of all "methods" or "metrics"."""
+    return list(targets(kind))
+
+
+def check(kind: str, name: str) -> str:
+    """Return the name, or say in one line which names there are. Imports nothing."""
+    known = names(kind)
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UsageError(f"unknown {kind[:-1]} {name!r}{hint}; {kind}: {', '.join(known)}")
+    return name
+
+
+def _load(kind: str, name: str) -> Any:
+    target = targets(kind)[check(kind, name)]
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BenchError(f"{kind[:-1]} {name!r} cannot be loaded from {target}: {error}") from error
+
+
+def method(name: str) -> type[Method]:
+    """The method class behind a name."""
+    return _load("methods", name)
+
+
+def metric(name: str) -> type[Metric]:
+    """The metric class behind a name."""
+    return _load("metrics", name)

@@ -1,0 +1,130 @@
+"""Runs on disk: their folders, their settings, and whether a run may go on with what is asked of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from bench.errors import BenchError, UsageError, did_you_mean
+from bench.stages import atomic_write
+from bench.suites import Suite, stored_suite
+from bench.suites.keys import flat
+
+RUNS = Path("results/runs")
+CACHE = Path("results/cache")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one suite with one seed."""
+
+    id: str
+    method: str
+    seed: int
+    iterations: int
+    suite: Suite
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.id
+
+    def config(self) -> dict[str, Any]:
+        """All that decides the result; config.json of the run's folder."""
+        return {"run": self.id, "method": self.method, "seed": self.seed, "iterations": self.iterations,
+                "suite": self.suite.model_dump()}
+
+
+def create(method: str, suite: Suite, seed: int, iterations: int) -> Run:
+    """Make the folder of a new run and store its settings there."""
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{method}-s{seed}"
+    RUNS.mkdir(parents=True, exist_ok=True)
+    identity, copies = stem, 1
+    while True:
+        try:
+            (RUNS / identity).mkdir()
+            break
+        except FileExistsError:
+            copies += 1
+            identity = f"{stem}-{copies}"
+    run = Run(identity, method, seed, iterations, suite)
+    atomic_write(run.folder / "config.json", json.dumps(run.config(), indent=2, sort_keys=True))
+    return run
+
+
+def find(name: str) -> Path:
+    """The folder of a run, given by id or by path."""
+    for folder in (RUNS / name, Path(name)):
+        if (folder / "config.json").is_file():
+            return folder
+    hint = did_you_mean(name, ids())
+    raise UsageError(f"no run '{name}' in {RUNS}{hint}; `bench list runs` shows what there is")
+
+
+def load(name: str) -> Run:
+    """The run in a folder of RUNS, as it was started."""
+    folder = find(name)
+    if folder.resolve() != (RUNS / folder.name).resolve():
+        raise UsageError(f"{folder} is not in {RUNS}: go to the folder the run was started from")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        suite = stored_suite(config["suite"])
+        return Run(folder.name, config["method"], config["seed"], config["iterations"], suite)
+    except (ValueError, KeyError) as error:
+        raise BenchError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def ids() -> list[str]:
+    """All runs, oldest first."""
+    return sorted(path.parent.name for path in RUNS.glob("*/config.json"))
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run came to its end; sacred's record says so."""
+    try:
+        return json.loads((folder / "run.json").read_text())["status"] == "COMPLETED"
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def comparable(run: Run) -> list[Run]:
+    """The finished runs of the same suite and seed, whatever their method."""
+    def room(other: Run) -> tuple[int, Suite]:
+        return other.seed, other.suite.model_copy(update={"methods": {}})
+
+    return [other for identity in ids() if finished(RUNS / identity)
+            and room(other := load(identity)) == room(run)]
+
+
+def refuse_changes(run: Run, asked: dict[str, Any]) -> None:
+    """A run goes on with the settings it was started with; name the first one that was asked to differ."""
+    stored, wanted = flat(run.config()), flat(asked)
+    for key, value in wanted.items():
+        if value != stored.get(key):
+            name = key.removeprefix("suite.")
+            raise UsageError(f"cannot resume {run.id} with another {name}: it was started with "
+                             f"{stored.get(key)}, not {value}; start a new run for that")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left half done below a folder; never what a living one is writing."""
+    for path in folder.rglob(".*.tmp") if folder.is_dir() else ():
+        found = LEFTOVER.search(path.name)
+        if found and not _alive(int(found["process"])):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,169 @@
+"""Suites: everything two rows must have in common to be compared; YAML files, checked, overridden by key."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import UsageError, did_you_mean
+from bench.suites import keys
+
+FOLDER = Path(__file__).parent
+Scheduler = Literal["ddim"]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, and no silent change of type (a number in quotes is not a number)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Model(Section):
+    weights: str
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class Data(Section):
+    pairs: str
+    size: int = Field(ge=1)
+    seed: int = 0
+
+
+class Train(Section):
+    batch_size: int = Field(ge=1)
+    micro_batch: int = Field(ge=1)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    prompt_dropout: float = Field(0.0, ge=0, le=1)
+    log_every: int = Field(10, ge=1)
+
+
+class Opponent(Section):
+    guidance: float = Field(ge=0)
+    steps: int = Field(ge=1)
+    scheduler: Scheduler = "ddim"
+    batch_size: int = Field(64, ge=1)
+
+
+class Prompts(Section):
+    prompts: str
+    limit: int | None = Field(None, ge=1)
+
+
+class Evaluation(Section):
+    prompt_sets: dict[str, Prompts] = Field(min_length=1)
+    guidance: list[float] = Field(min_length=1)
+    steps: int = Field(ge=1)
+    scheduler: Scheduler = "ddim"
+    seeds: list[int] = Field(min_length=1)
+    protocol: Literal["one", "mean", "best"] = "one"
+    batch_size: int = Field(64, ge=1)
+
+
+class Iteration(Section):
+    steps: int = Field(ge=1)
+    lr: float = Field(gt=0)
+    beta: float | None = Field(None, gt=0)
+
+
+class Schedule(Section):
+    iterations: list[Iteration] = Field(min_length=1)
+
+
+class Suite(Section):
+    """A whole suite. `bench/suites/mini.yaml` explains every field."""
+
+    name: str
+    description: str = ""
+    model: Model
+    data: Data
+    train: Train
+    opponent: Opponent
+    evaluation: Evaluation
+    metrics: list[str]
+    judge: str | None = None
+    metric_options: dict[str, dict[str, Any]] = {}
+    methods: dict[str, Schedule] = Field(min_length=1)
+
+    def schedule(self, method: str, count: int | None = None) -> list[Iteration]:
+        """What a method does in each iteration; beyond the listed ones, the last is repeated."""
+        if method not in self.methods:
+            hint = did_you_mean(method, self.methods)
+            raise UsageError(f"suite '{self.name}' has no settings for method '{method}'{hint}; "
+                             f"it has {', '.join(self.methods)}")
+        listed = self.methods[method].iterations
+        count = len(listed) if count is None else count
+        return [listed[min(index, len(listed) - 1)] for index in range(count)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text for want of a dot; here it is the number it looks like."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                              list("-+0123456789"))
+
+
+def available() -> dict[str, Path]:
+    """The suites that come with bench, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def load_suite(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Suite:
+    """Load a suite by name, or from a YAML file, and apply `KEY=VALUE` overrides (dotted, YAML)."""
+    path = available().get(name) or Path(name)
+    if not path.is_file():
+        hint = did_you_mean(name, available())
+        raise UsageError(f"unknown suite '{name}'{hint}; suites: {', '.join(available())}, or a YAML file")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    suite = _validated(settings, f"{path}: ")
+    return override(suite, overrides) if overrides else suite
+
+
+def stored_suite(settings: dict[str, Any]) -> Suite:
+    """The suite a run keeps in its folder."""
+    return _validated(settings, "stored configuration: ")
+
+
+def override(suite: Suite, overrides: list[str] | tuple[str, ...]) -> Suite:
+    """Apply `KEY=VALUE` settings to a suite and check the result."""
+    known, tree = suite.model_dump(), suite.model_dump()
+    typed = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set takes KEY=VALUE, got '{item}'")
+        try:
+            keys.assign(tree, key, yaml.load(text, Loader=_Loader))
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {key}: '{text}' is not a valid value") from error
+        typed.append(key)
+    try:
+        return Suite.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(keys.explain(error.errors(include_url=False)[0], known, typed)) from error
+
+
+def _validated(settings: dict[str, Any], source: str) -> Suite:
+    try:
+        return Suite.model_validate(settings)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        known = copy.deepcopy(settings)
+        for problem in problems:
+            if problem["type"] == "extra_forbidden":
+                keys.remove(known, problem["loc"])
+        raise UsageError(source + keys.explain(problems[0], known)) from error

@@ -1,0 +1,116 @@
+"""The long table and the image files, with scorers made of plain arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench import evaluate
+from bench.data import PromptSet
+from bench.errors import BenchError, UsageError
+from bench.evaluate import COLUMNS, Scorers
+from metrics.base import Metric
+
+PROMPTS = PromptSet("file", ("a cat", "a dog", "a cat"))
+SEEDS = [7, 5775709]
+
+
+class Brightness(Metric):
+    name = "brightness"
+    title = "Brightness"
+
+    @classmethod
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32, scale: float = 1.0):
+        metric = cls()
+        metric.scale = scale
+        return metric
+
+    def score(self, images, prompts):
+        assert len(images) == len(prompts)
+        return np.array([self.scale * image.mean() + len(prompt) for image, prompt
+                         in zip(images, prompts, strict=True)], np.float32)
+
+    def info(self):
+        return {"version": "1"}
+
+
+class FakeJudge:
+    def score(self, images, prompts):
+        return {"utility": np.linspace(0, 1, len(images), dtype=np.float32)}
+
+
+def sampled() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+
+
+def test_the_long_table_has_a_row_for_every_image_and_score():
+    scorers = Scorers({"brightness": Brightness.load()}, FakeJudge())
+    images = sampled()
+    table = evaluate.evaluate(images, PROMPTS, SEEDS, scorers, run="r", method="spin", iteration=2,
+                              prompt_set="test", guidance=3)
+    assert tuple(table.columns) == COLUMNS
+    assert len(table) == 2 * 6
+    assert set(table["metric"]) == {"brightness", "judge/utility"}
+    # A repeated prompt has an id of its own.
+    assert not table.duplicated(["prompt_id", "seed", "metric"]).any()
+    constant = table[["run", "method", "iteration", "prompt_set", "guidance"]].drop_duplicates()
+    assert constant.values.tolist() == [["r", "spin", 2, "test", 3.0]]
+    chosen = table.query("metric == 'brightness' and prompt_id == @PROMPTS.ids[1] and seed == 5775709")
+    assert chosen["value"].item() == pytest.approx(images[3].mean() + 5, rel=1e-6)
+
+
+def test_the_table_survives_parquet(tmp_path):
+    scorers = Scorers({"brightness": Brightness.load()})
+    table = evaluate.evaluate(sampled(), PROMPTS, SEEDS, scorers, run="r", method="base", iteration=0,
+                              prompt_set="test", guidance=1.0)
+    table.to_parquet(tmp_path / "scores.parquet", index=False)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "scores.parquet"), table, check_dtype=False)
+
+
+def test_no_scores_give_an_empty_table():
+    assert list(evaluate.table_rows({}, PROMPTS.ids, SEEDS, {}).columns) == list(COLUMNS)
+
+
+def test_images_must_match_prompts_and_seeds():
+    with pytest.raises(BenchError, match="5 images for 3 prompts and 2 seeds"):
+        evaluate.evaluate(sampled()[:5], PROMPTS, SEEDS, Scorers({}), run="r", method="base", iteration=0,
+                          prompt_set="test", guidance=1)
+
+
+def test_images_are_read_back_as_written(tmp_path):
+    folder = evaluate.image_folder(tmp_path, "test", 3.0, 2)
+    assert folder == tmp_path / "images" / "test" / "g3" / "iter2"
+    assert evaluate.image_folder(tmp_path, "test", 7.5, 0).parts[-2:] == ("g7.5", "iter0")
+    images = sampled()
+    evaluate.write_images(folder, images, PROMPTS.ids, SEEDS)
+    assert (folder / f"{PROMPTS.ids[0]}-7.png").is_file() and len(list(folder.iterdir())) == 6
+    np.testing.assert_array_equal(evaluate.read_images(folder, PROMPTS.ids, SEEDS), images)
+    (folder / f"{PROMPTS.ids[2]}-7.png").unlink()
+    with pytest.raises(BenchError, match=rf"1 of 6 images are missing, first .*{PROMPTS.ids[2]}-7\.png"):
+        evaluate.read_images(folder, PROMPTS.ids, SEEDS)
+
+
+def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
+    from bench import registry
+
+    monkeypatch.setattr(registry, "metric", lambda name: Brightness)
+    scorers = Scorers.load(["brightness"], options={"brightness": {"scale": 2.0}})
+    assert scorers.metrics["brightness"].scale == 2.0 and scorers.judge is None
+    assert scorers.info() == {"brightness": {"version": "1"}}
+    with pytest.raises(UsageError, match=r"metric_options\.brightness: .*'scales'"):
+        Scorers.load(["brightness"], options={"brightness": {"scales": 2.0}})
+
+
+def test_equal_images_share_one_pass_of_equal_backbones(monkeypatch):
+    from metrics import clip_family
+
+    inside = []
+
+    class Watching(Brightness):
+        def score(self, images, prompts):
+            inside.append(clip_family._shared is not None)
+            return super().score(images, prompts)
+
+    Scorers({"watching": Watching.load()}).score(sampled(), ["a"] * 6)
+    assert inside == [True] and clip_family._shared is None

@@ -1,0 +1,273 @@
+"""Runs end to end on a random pipeline: what is on disk, pairing between runs, killing and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_bench
+
+from bench import cli, experiment, registry, runs
+from bench.data import PreferenceData
+from bench.errors import UsageError
+from bench.experiment import Experiment
+from bench.export import export_run
+from bench.shared import Shared
+from bench.suites import load_suite
+
+ORDER = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def darkness():
+    registry.BUILT_IN["metrics"]["darkness"] = tiny_bench.DARKNESS
+    yield
+    del registry.BUILT_IN["metrics"]["darkness"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_pipeline_folder, tmp_path_factory) -> Path:
+    """A folder with the suite and the three runs of `--method all --iters 2`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_bench.write_suite(folder, tiny_pipeline_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert bench("run --suite tiny.yaml --method all --iters 2") == 0
+    return folder
+
+
+@pytest.fixture
+def here(workplace, monkeypatch) -> Path:
+    monkeypatch.chdir(workplace)
+    return workplace
+
+
+@pytest.fixture
+def elsewhere(workplace, monkeypatch, tmp_path) -> Path:
+    """An empty folder with the suite."""
+    (tmp_path / "tiny.yaml").write_text((workplace / "tiny.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bench(line: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line.split())
+    return caught.value.code
+
+
+def run_of(method: str) -> runs.Run:
+    (run,) = [run for run in map(runs.load, runs.ids()) if run.method == method]
+    return run
+
+
+def scores_of(folder: Path) -> pd.DataFrame:
+    table = pd.read_parquet(folder / "scores.parquet").drop(columns="run")
+    return table.sort_values(ORDER, ignore_index=True)
+
+
+def test_all_methods_leave_a_complete_record(here):
+    assert [runs.load(name).method for name in sorted(runs.ids())] == list(tiny_bench.SUITE["methods"])
+    for method, iterations in {"sft": 1, "diffusion_dpo": 1, "spin": 2}.items():
+        run = run_of(method)
+        record = json.loads((run.folder / "protocol.json").read_text())
+        assert json.loads((run.folder / "config.json").read_text()) == run.config()
+        assert json.loads((run.folder / "run.json").read_text())["status"] == "COMPLETED"
+        assert (record["run"], record["method"], record["iterations"]) == (run.id, method, iterations)
+        assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4}}
+        assert record["metrics"]["darkness"]["scale"] == "0 to 255"
+        table = pd.read_parquet(run.folder / "scores.parquet")
+        models = table[["method", "iteration"]].drop_duplicates().itertuples(index=False, name=None)
+        assert list(models) == [("base", 0), *((method, k + 1) for k in range(iterations))]
+        assert len(table) == (1 + iterations) * 4 * 2 * 2  # models x prompts x image seeds x guidance scales
+        assert not list(run.folder.rglob(".*.tmp"))
+
+
+def test_images_are_where_the_report_looks_and_base_images_are_shared(here):
+    texts = {}
+    for method in ("sft", "spin"):
+        folder = run_of(method).folder / "images" / "test"
+        texts = json.loads((folder / "prompts.json").read_text())
+        for prompt, seed, scale in ((p, s, g) for p in texts for s in (1, 2) for g in ("g1", "g3")):
+            assert (folder / scale / "iter0" / f"{prompt}-{seed}.png").is_file()
+            assert (folder / scale / "iter1" / f"{prompt}-{seed}.png").is_file()
+    assert len(texts) == 4
+    image = Path("images", "test", "g1", "iter0", f"{next(iter(texts))}-1.png")
+    assert os.path.samefile(run_of("sft").folder / image, run_of("spin").folder / image)
+
+
+def test_methods_share_base_scores_and_training_order(here):
+    tables = [scores_of(run_of(method).folder).query("method == 'base'") for method in ("sft", "spin")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_sacred_holds_the_history(here):
+    run = run_of("spin")
+    history = pd.read_parquet(run.folder / "history.parquet")
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert history[["method", "iteration", "step"]].values.tolist() == [
+        ["spin", 1, 1], ["spin", 1, 2], ["spin", 2, 3], ["spin", 2, 4]]
+    assert metrics["loss"]["values"] == pytest.approx(history["loss"])
+    assert metrics["loss"]["steps"] == [1, 2, 3, 4]
+    assert "training" in (run.folder / "cout.txt").read_text()
+    assert "\r" not in (run.folder / "cout.txt").read_text()
+
+
+def test_every_iteration_of_self_play_starts_level_with_its_reference(here):
+    history = pd.read_parquet(run_of("spin").folder / "history.parquet")
+    assert history["loss"][[0, 2]].tolist() == pytest.approx([np.log(2)] * 2, abs=1e-6)
+
+
+def test_cost_counts_what_training_and_self_play_took(here):
+    cost = {method: json.loads((run_of(method).folder / "cost.json").read_text()) for method in
+            ("sft", "diffusion_dpo", "spin")}
+    assert [cost[method]["pairs_seen"] for method in cost] == [8, 8, 16]
+    assert cost["diffusion_dpo"]["train_flops"] / cost["sft"]["train_flops"] == pytest.approx(8 / 3)
+    assert cost["spin"]["sample_flops"] > 0 == cost["diffusion_dpo"]["sample_flops"]
+    assert [stage["name"] for stage in cost["spin"]["stages"]][:3] == [
+        "iter1/opponent", "iter1/train", "iter1/images/test-g1"]
+
+
+def test_a_checkpoint_loads_in_plain_diffusers(here):
+    from diffusers import UNet2DConditionModel
+
+    first = UNet2DConditionModel.from_pretrained(run_of("spin").folder / "iter1", subfolder="unet")
+    second = UNet2DConditionModel.from_pretrained(run_of("spin").folder / "iter2", subfolder="unet")
+    assert not np.allclose(first.conv_in.weight.detach(), second.conv_in.weight.detach())
+
+
+def test_export_loads_whole_and_tells_protocol_and_scores(here, tmp_path):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    run = run_of("spin")
+    export_run(run.id, 1, tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    trained = experiment.models.load_unet(run.folder / "iter1" / "unet")
+    assert torch.equal(pipe.unet.conv_in.weight, trained.conv_in.weight)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red cat", num_inference_steps=1).images[0].size == (64, 64)
+    card = (tmp_path / "model" / "README.md").read_text()
+    for text in (run.id, "SPIN-Diffusion, iteration 1", "world:test", "guidance 1, 3", "protocol `mean`",
+                 "| base | ", "SPIN-1"):
+        assert text in card
+    assert "SPIN-2" not in card
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        export_run(run.id, 1, tmp_path / "model")
+    with pytest.raises(UsageError, match="has no iteration 3; it has 1, 2"):
+        export_run(run.id, 3, tmp_path / "other")
+
+
+def test_run_ends_with_the_comparison_and_the_page(here, capsys):
+    assert bench(f"run --resume {run_of('sft').id}") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("base", "SFT", "Diffusion-DPO", "SPIN-2"))
+    assert out.splitlines()[-1] == "report.html"
+    assert Path("report.html").is_file()
+    assert bench("table --format json") == 0
+    models = {row["model"] for row in json.loads(capsys.readouterr().out)}
+    assert models == {"base", "SFT", "Diffusion-DPO", "SPIN-1", "SPIN-2"}
+
+
+@pytest.mark.parametrize(("option", "said"), [
+    ("--seed 1", "another seed: it was started with 0, not 1"),
+    ("--iters 3", "another iterations: it was started with 2, not 3"),
+    ("--method sft", "another method: it was started with spin, not sft"),
+    ("--set train.batch_size=8", "another train.batch_size: it was started with 4, not 8"),
+    ("--suite mini", "another name: it was started with tiny, not mini"),
+])
+def test_resume_refuses_other_settings(here, capsys, option, said):
+    assert bench(f"run --resume {run_of('spin').id} {option}") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_resume_does_nothing_twice(here, monkeypatch):
+    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(experiment, "sample", None)
+    run = run_of("spin")
+    before = scores_of(run.folder)
+    assert bench(f"run --resume {run.id}") == 0
+    pd.testing.assert_frame_equal(scores_of(run.folder), before)
+
+
+def test_human_losers_are_read_only_by_methods_on_human_pairs(elsewhere, monkeypatch):
+    read = []
+    losers = PreferenceData.losers
+    monkeypatch.setattr(PreferenceData, "fingerprint", "probe")  # it draws a loser of its own
+    monkeypatch.setattr(PreferenceData, "losers", lambda self, rows: read.append(rows) or losers(self, rows))
+    shared = Shared(load_suite("tiny.yaml"))
+    for method, reads in (("sft", False), ("spin", False), ("diffusion_dpo", True)):
+        Experiment(runs.create(method, shared.suite, 0, 1), shared).iterate(1, shared.base, lambda *scalar: None)
+        assert bool(read) == reads
+
+
+def test_opponents_are_new_each_iteration_and_differ_where_prompts_repeat(elsewhere, monkeypatch):
+    monkeypatch.setattr(PreferenceData, "prompts", ["a red cat"] * 12)
+    shared = Shared(load_suite("tiny.yaml"))
+    run = runs.Run("x", "spin", 0, 2, shared.suite)
+    made = [Experiment(run, shared).losers(iteration, shared.base, np.arange(3)) for iteration in (1, 1, 2)]
+    assert np.array_equal(made[0], made[1])
+    assert len(np.unique(np.concatenate([made[0], made[2]]).reshape(6, -1), axis=0)) == 6
+
+
+def test_each_iteration_samples_only_the_losers_it_trains_on(here):
+    run = run_of("spin")
+    seen = [np.load(run.folder / "stages" / f"opponent{k}" / "pairs.npy") for k in (1, 2)]
+    assert len(seen[0]) == 8  # 2 steps of 4
+    assert set(np.concatenate(seen)) == set(range(12))  # the second iteration goes on in the data
+
+
+def test_interrupting_says_how_to_go_on_and_going_on_ends_the_same(here, elsewhere, monkeypatch, capsys):
+    """Stopped in its second iteration and resumed, a run's table is that of the undisturbed one."""
+    train, calls = experiment.train, []
+
+    def stopped(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(experiment, "train", stopped)
+    assert bench("run --suite tiny.yaml --method spin --iters 2") == 130
+    run = run_of("spin")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"bench: interrupted; to go on: bench run --resume {run.id}"
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "INTERRUPTED"
+    assert bench(f"run --resume {run.id}") == 0
+    assert len(calls) == 3
+    resumed = scores_of(run.folder)
+    monkeypatch.chdir(here)
+    pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
+
+
+def test_killed_twice_and_resumed_the_table_is_the_same(here, elsewhere, monkeypatch):
+    """kill -9 at the end of training iteration 2, and again, resumed, while its samples are drawn."""
+    def killed_in(stage: str, line: str) -> None:
+        done = subprocess.run([sys.executable, tiny_bench.__file__, *line.split()], capture_output=True,
+                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
+                                   "TINY_BENCH_DIES_IN": stage})
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    killed_in("iter2", "run --suite tiny.yaml --method spin --iters 2")
+    run = run_of("spin")
+    assert (run.folder / "stages" / "opponent2" / "stage.json").exists()
+    assert not (run.folder / "iter2").exists()
+    assert list(run.folder.glob(".iter2.*.tmp"))
+    killed_in("g3/iter2", f"run --resume {run.id}")
+    assert (run.folder / "iter2" / "stage.json").exists()
+    assert not runs.finished(run.folder)
+    assert bench(f"run --resume {run.id}") == 0
+    assert not list(run.folder.rglob(".*.tmp"))
+    resumed = scores_of(run.folder)
+    history = pd.read_parquet(run.folder / "history.parquet").drop(columns="pairs_per_s")
+    monkeypatch.chdir(here)
+    pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
+    undisturbed = pd.read_parquet(run_of("spin").folder / "history.parquet").drop(columns="pairs_per_s")
+    pd.testing.assert_frame_equal(history, undisturbed)

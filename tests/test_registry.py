@@ -1,0 +1,55 @@
+"""Methods and metrics by name, built in or from another package."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+from types import ModuleType
+
+import pytest
+
+from bench import registry
+from bench.errors import BenchError, UsageError
+
+
+@pytest.fixture
+def third_party(monkeypatch):
+    """Another package's entry points: a method, a broken one, and one that takes a built-in's name."""
+    module = ModuleType("other_package")
+    module.Theirs = type("Theirs", (), {})
+    monkeypatch.setitem(sys.modules, "other_package", module)
+    theirs, missing = "other_package:Theirs", "no_such_package:Thing"
+    points = EntryPoints(EntryPoint(name, value, "bench.methods") for name, value in
+                         (("theirs", theirs), ("broken", missing), ("sft", theirs)))
+    monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
+    return module
+
+
+@pytest.mark.parametrize("kind", registry.BUILT_IN)
+def test_built_ins_load_under_their_own_names(kind):
+    load = {"methods": registry.method, "metrics": registry.metric}[kind]
+    for name in registry.BUILT_IN[kind]:
+        assert load(name).name == name
+
+
+def test_unknown_names_list_what_there_is_and_the_nearest():
+    with pytest.raises(UsageError) as caught:
+        registry.method("spn")
+    assert str(caught.value) == ("unknown method 'spn' (did you mean 'spin'?); "
+                                 "methods: sft, diffusion_dpo, spin")
+
+
+def test_another_package_adds_a_method(third_party):
+    assert registry.method("theirs") is third_party.Theirs
+    assert registry.names("methods")[-1] == "theirs"
+    assert registry.names("metrics") == list(registry.BUILT_IN["metrics"])
+
+
+def test_another_package_cannot_replace_a_built_in(third_party):
+    assert registry.method("sft").__module__ == "methods.sft"
+
+
+def test_a_broken_plug_in_is_named_when_it_is_used_and_not_before(third_party):
+    assert "broken" in registry.names("methods")
+    with pytest.raises(BenchError, match="method 'broken' cannot be loaded from no_such_package:Thing"):
+        registry.method("broken")
