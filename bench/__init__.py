@@ -2,7 +2,7 @@
 
 import os
 
-# transformers warns at every import that torchvision is missing; nothing here needs it
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+for _library in ("TRANSFORMERS", "DIFFUSERS"):
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")  # advice on packages left out on purpose
 
 __version__ = "0.1.0"

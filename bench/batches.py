@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.cache import Embeddings
 from bench.errors import BenchError
-from bench.seeding import derive, normal
+from bench.seeding import SPAN, derive, normal
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def draw(seed: int, step: int, samples: np.ndarray, shape: tuple[int, ...], time
     return Draws(
         noise=normal(seeds("noise"), shape),
         timesteps=torch.tensor([value % timesteps for value in seeds("timestep")]),
-        dropped=np.array([value < prompt_dropout * 2**63 for value in seeds("dropout")]),
+        dropped=np.array([value < prompt_dropout * SPAN for value in seeds("dropout")]),
     )
 
 

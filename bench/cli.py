@@ -246,8 +246,6 @@ def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: a mistake or a failure is one line on stderr, with BENCH_DEBUG=1 the whole trace."""
-    for library in ("TRANSFORMERS", "DIFFUSERS"):
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # advice on packages left out on purpose
     if os.environ.get("BENCH_DEBUG"):
         cli.main(arguments, prog_name="bench")
     try:

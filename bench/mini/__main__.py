@@ -29,7 +29,7 @@ from bench.stages import Stage
 SEED = 0
 PLAN: dict[str, dict[str, Any]] = {
     "vae": {"steps": 5500, "images": 24_000},
-    "denoiser": {"steps": 6000, "images": 40_000},
+    "denoiser": {"steps": 5000, "images": 40_000},
     "judge": {"steps": 4000, "pool": 30_000},
     "samples": {"prompts": 1000},
     "clip": {"steps": 2500, "pool": 24_000},
@@ -83,8 +83,10 @@ class Builder:
 
     def denoiser(self, folder: Path) -> None:
         items = [drawings.corpus(SEED, index) for index in range(PLAN["denoiser"]["images"])]
-        latents = encode_images(self.load_vae(), lambda rows: drawings.render(items[row] for row in rows), len(items),
-                                batch_size=128)
+        encoder = self.load_vae().to(memory_format=torch.channels_last)
+        with torch.autocast(self.device, torch.bfloat16):
+            latents = encode_images(encoder, lambda rows: drawings.render(items[row] for row in rows), len(items),
+                                    batch_size=128)
         tokenizer = build_tokenizer()
         model = denoiser.train(latents, [item.caption for item in items], tokenizer, self.checkpoint("denoiser"),
                                seed=SEED, steps=PLAN["denoiser"]["steps"], device=self.device)

@@ -30,7 +30,8 @@ def fit(model: torch.nn.Module, loss: Callable[[int], torch.Tensor], *, steps: i
     if nothing had happened. The checkpoint also says how many steps were planned: another plan starts afresh.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
+                                  fused=True)
     average = copy.deepcopy(model).eval() if ema else None
     first = _restore(checkpoint, steps, model, optimizer, average)
     bar = track(range(first, steps), description, total=steps, unit="step", initial=first)

@@ -77,8 +77,9 @@ def roundtrip(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> n
     out = []
     for start in track(range(0, len(images), batch_size), "round trips", unit="batch"):
         batch = to_tensor(images[start:start + batch_size]).to(device)
-        decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
-        pixels = decoded.clamp(-1, 1).add(1).mul(127.5).round().byte()
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
+        pixels = decoded.float().clamp(-1, 1).add(1).mul(127.5).round().byte()
         out.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(out)
 
