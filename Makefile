@@ -1,5 +1,6 @@
 # make run    the embedded default end to end: every method, then the report
 # make test   the test suite        make lint   ruff        make setup   the environment alone
+# make measure   what results/measured/mini_comparison.csv holds: three seeds, checkpoints at equal pairs and equal FLOPs
 #
 # Every target first sets up .venv when it is missing or when the dependencies changed.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint
+.PHONY: setup run test lint measure
 
 setup: $(STAMP)
 
@@ -25,3 +26,6 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
+
+# SFT is also read off where its training FLOPs equal those of one and of three SPIN iterations (8/3 images a pair).
+SFT_CHECKPOINTS = [{steps: 100, lr: $(1)}, {steps: 167, lr: $(1)}, {steps: 33, lr: $(1)}, {steps: 500, lr: $(1)}]

@@ -8,7 +8,6 @@ from numbers import Integral
 
 import torch
 
-
 SPAN = 2**32  # PyTorch's CPU generator reads no more of a seed
 
 

@@ -31,7 +31,7 @@ PLAN: dict[str, dict[str, Any]] = {
     "vae": {"steps": 5500, "images": 24_000},
     "denoiser": {"steps": 5000, "images": 40_000},
     "judge": {"steps": 4000, "pool": 30_000},
-    "samples": {"prompts": 1000},
+    "samples": {"prompts": 400},
     "clip": {"steps": 2500, "pool": 24_000},
     "pickscore": {"steps": 1500, "pairs": 10_000},
     "aesthetic": {"steps": 3000, "pool": 12_000},
@@ -101,7 +101,7 @@ class Builder:
         pipe = load_pipeline(self.stage("denoiser").directory, self.device)
         judge = Judge.load(self.stage("judge").directory, self.device)
         prompts = load_prompts("world:train", PLAN["samples"]["prompts"]).prompts
-        images = np.concatenate([sample(pipe, prompts, guidance=guidance, steps=20, seeds=[SEED, SEED + 1],
+        images = np.concatenate([sample(pipe, prompts, guidance=guidance, steps=10, seeds=[SEED, SEED + 1],
                                         batch_size=100) for guidance in (1.0, 3.0)])
         captions = [prompt for _ in range(2) for prompt in prompts for _ in range(2)]
         scores = judge.score(images, captions)
