@@ -22,10 +22,12 @@ from bench.errors import UsageError, did_you_mean
 from bench.progress import track
 from bench.seeding import derive, normal
 
+# Latents are not bounded by 1: clipping them, these classes' default for pixels, washes every colour out. SD-1.5's own
+# configuration says so, but one saved by a scheduler without the setting does not.
 SCHEDULERS = {
-    "ddim": DDIMScheduler.from_config,
+    "ddim": partial(DDIMScheduler.from_config, clip_sample=False),
     "pndm": partial(PNDMScheduler.from_config, skip_prk_steps=True),  # no Runge-Kutta steps, as in SD-1.5
-    "ddpm": DDPMScheduler.from_config,
+    "ddpm": partial(DDPMScheduler.from_config, clip_sample=False),
 }
 
 

@@ -77,8 +77,8 @@ def test_psnr_of_one_grey_level():
 def test_the_denoiser_learns_to_predict_noise(tmp_path):
     items = [drawings.corpus(0, index) for index in range(8)]
     latents = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
-    model = denoiser.train(latents, [item.caption for item in items], build_tokenizer(), tmp_path / "d.pt", seed=0,
-                           steps=2, batch_size=4)
+    model = denoiser.train(latents, [item.caption for item in items], build_tokenizer(), tmp_path, seed=0,
+                           cycles=[(2, 1e-3), (1, 1e-3)], batch_size=4)
     noise = model(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, MAX_LENGTH, dtype=torch.long))
     assert noise.shape == (1, 4, 8, 8) and noise.isfinite().all()
 

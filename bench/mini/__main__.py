@@ -29,7 +29,7 @@ from bench.stages import Stage
 SEED = 0
 PLAN: dict[str, dict[str, Any]] = {
     "vae": {"steps": 5500, "images": 24_000},
-    "denoiser": {"steps": 5000, "images": 40_000},
+    "denoiser": {"cycles": [(5000, 1e-3), (3000, 7e-4)], "images": 40_000},
     "judge": {"steps": 4000, "pool": 30_000},
     "samples": {"prompts": 400},
     "clip": {"steps": 2500, "pool": 24_000},
@@ -88,8 +88,9 @@ class Builder:
             latents = encode_images(encoder, lambda rows: drawings.render(items[row] for row in rows), len(items),
                                     batch_size=128)
         tokenizer = build_tokenizer()
-        model = denoiser.train(latents, [item.caption for item in items], tokenizer, self.checkpoint("denoiser"),
-                               seed=SEED, steps=PLAN["denoiser"]["steps"], device=self.device)
+        model = denoiser.train(latents, [item.caption for item in items], tokenizer,
+                               self.work / "checkpoints", seed=SEED, cycles=PLAN["denoiser"]["cycles"],
+                               device=self.device)
         denoiser.assemble(model.cpu(), self.load_vae().cpu(), tokenizer, folder)
 
     def judge(self, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,39 +49,52 @@ def tokenise(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
                      return_tensors="pt").input_ids
 
 
-def train(latents: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, checkpoint: Path, *, seed: int,
-          steps: int, batch_size: int = 64, lr: float = 1e-3, device: str = "cpu") -> Denoiser:
-    """Train on scaled latents [N, 4, 8, 8] with the plain noise-prediction loss; returns the averaged weights."""
+def train(latents: np.ndarray, captions: list[str], tokenizer: CLIPTokenizer, checkpoints: Path, *, seed: int,
+          cycles: list[tuple[int, float]], batch_size: int = 64, device: str = "cpu") -> Denoiser:
+    """Train on scaled latents [N, 4, 8, 8] with the plain noise-prediction loss; returns the averaged weights.
+
+    `cycles` are (steps, learning rate): each anneals to 0, the next starts from its average (warm restarts).
+    """
     torch.manual_seed(seed)
     model = Denoiser(tokenizer).to(device)
     # PyTorch's fused attention is ten times slower than the plain one in bf16 backward on a CPU
     model.unet.set_attn_processor(AttnProcessor())
+    model.text.set_attn_implementation("eager")
     tokens, null = tokenise(tokenizer, captions).to(device), tokenise(tokenizer, [""]).to(device)
     pool = torch.from_numpy(np.ascontiguousarray(latents)).to(device)
     alpha_bar = PNDMScheduler(**SCHEDULER).alphas_cumprod.to(device)
-
-    def loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        picks = torch.randint(len(pool), (batch_size,), generator=generator)
-        timesteps = torch.randint(len(alpha_bar), (batch_size,), generator=generator).to(device)
-        noise = torch.randn((batch_size, *pool.shape[1:]), generator=generator).to(device)
-        dropped = (torch.rand(batch_size, 1, generator=generator) < NULL_RATE).to(device)
-        level = alpha_bar[timesteps][:, None, None, None]
-        noisy = level.sqrt() * pool[picks] + (1 - level).sqrt() * noise
-        with torch.autocast(noise.device.type, torch.bfloat16):
-            prediction = model(noisy, timesteps, torch.where(dropped, null, tokens[picks]))
-        return (prediction.float() - noise).square().mean()
-
-    model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="denoiser", ema=0.999,
-                warmup=400)
+    first = 0
+    for number, (steps, lr) in enumerate(cycles):
+        loss = partial(_loss, model, pool, tokens, null, alpha_bar, batch_size, seed * 1_000_003 + first)
+        model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoints / f"denoiser{number}.pt",
+                    description="denoiser", ema=0.999, warmup=400)
+        first += steps
     model.unet.set_attn_processor(AttnProcessor2_0())
+    model.text.set_attn_implementation("sdpa")
     return model
+
+
+def _loss(model: Denoiser, pool: Tensor, tokens: Tensor, null: Tensor, alpha_bar: Tensor, batch_size: int,
+          seed: int, step: int) -> Tensor:
+    """Mean squared error of the predicted noise (Ho et al. 2020, eq. 14) on the batch of one step."""
+    generator = torch.Generator().manual_seed(seed + step)
+    picks = torch.randint(len(pool), (batch_size,), generator=generator)
+    timesteps = torch.randint(len(alpha_bar), (batch_size,), generator=generator).to(pool.device)
+    noise = torch.randn((batch_size, *pool.shape[1:]), generator=generator).to(pool.device)
+    dropped = (torch.rand(batch_size, 1, generator=generator) < NULL_RATE).to(pool.device)
+    level = alpha_bar[timesteps][:, None, None, None]
+    noisy = level.sqrt() * pool[picks] + (1 - level).sqrt() * noise
+    with torch.autocast(noise.device.type, torch.bfloat16):
+        prediction = model(noisy, timesteps, torch.where(dropped, null, tokens[picks]))
+    return (prediction.float() - noise).square().mean()
 
 
 def assemble(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path) -> StableDiffusionPipeline:
     """Put the parts into a StableDiffusionPipeline and save it in half precision."""
+    scheduler = PNDMScheduler(**SCHEDULER)
+    scheduler.register_to_config(clip_sample=False)  # no setting of this class, but what others made from it need
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=model.text, tokenizer=tokenizer, unet=model.unet,
-                                   scheduler=PNDMScheduler(**SCHEDULER), safety_checker=None, feature_extractor=None,
+                                   scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder)
     return pipe.to(torch.float32)
