@@ -46,13 +46,13 @@ def test_evaluation_guidance_was_fixed_in_advance():
 def test_overrides_reach_sections_lists_and_named_entries():
     suite = load_suite("mini", ["train.batch_size=8", "evaluation.guidance=[2, 7.5]", "judge=null",
                                 "methods.spin.iterations.1.lr=1e-5",
-                                "evaluation.prompt_sets.hard.prompts=world:hard",
+                                "evaluation.prompt_sets.more.prompts=world:hard",
                                 "metric_options.clip.weights=some/folder"])
     assert suite.train.batch_size == 8
     assert suite.evaluation.guidance == [2, 7.5]
     assert suite.judge is None
     assert suite.methods["spin"].iterations[1].lr == 1e-5
-    assert suite.evaluation.prompt_sets["hard"].limit is None
+    assert suite.evaluation.prompt_sets["more"].limit is None
     assert suite.metric_options == {"clip": {"weights": "some/folder"}}
 
 
