@@ -147,16 +147,20 @@ def _compare(finished: list[Run], layout: str) -> None:
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("-o", "--output", default=PAGE, show_default=True,
               type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), default=20, show_default=True,
+              help="How large the page may be; pictures are made fewer and smaller to keep it so.")
 @as_json
-def report(names: tuple[str, ...], output: Path, layout: str) -> None:
+def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> None:
     """Write one self-contained page about runs (default: all).
 
-    Runs are those of results/runs; the page's path is printed.
+    Runs are those of results/runs; the page's path is printed, and its size on stderr.
     """
     from reports import load, page
 
-    path = page.write(load.load_runs([Path(name) for name in names] or None), output)
-    click.echo(json.dumps({"page": str(path)}) if layout == "json" else str(path))
+    path = page.write(load.load_runs([Path(name) for name in names] or None), output, max_mb)
+    size = path.stat().st_size
+    click.echo(f"{path.name}: {size / 1e6:.1f} MB", err=True)
+    click.echo(json.dumps({"page": str(path), "bytes": size}) if layout == "json" else str(path))
 
 
 @cli.command()
