@@ -25,6 +25,7 @@ def radar(values: pd.DataFrame, palette: dict[str, str]) -> str:
     axes.set_theta_offset(math.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, list(values.columns))
+    axes.tick_params(axis="x", pad=16)
     axes.set_yticks([0.15, 1], [])
     axes.set_ylim(0, 1.02)
     axes.grid(color=INK, alpha=0.15, linewidth=0.8)

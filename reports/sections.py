@@ -43,8 +43,8 @@ class View:
 RANKED = "Bold is the best of a column, underlined the second; the judge's defects are better when lower."
 TESTED = (
     "Each number is a p-value of Wilcoxon's signed-rank test over prompts, for these training seeds, corrected "
-    "(Holm) over the metrics of a model; the averages repeat other metrics and have none. Below it the smallest "
-    "true difference that this comparison would find with 80 % power at the 5 % level."
+    "(Holm) over all metrics and judge readings of a model; the averages repeat other metrics and have none. "
+    "Below it the smallest true difference that this comparison would find with 80 % power at the 5 % level."
 )
 
 

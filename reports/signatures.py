@@ -6,7 +6,7 @@ The limits are conventions, stated with every verdict; they sort what to look at
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,9 @@ def signatures(runs: Runs, group: tuple[str, float]) -> list[Signature]:
     trained = [model for model in runs.models if model != BASE]
     found = []
     for check in (_competition, _drift, _timesteps):
-        found += [verdict for model in trained if (verdict := check(_ended(runs, model), model))]
+        verdicts = [verdict for model in trained if (verdict := check(_ended(runs, model), model))]
+        unknown = verdicts and all(verdict.level == UNKNOWN for verdict in verdicts)
+        found += [replace(verdicts[0], model="all")] if unknown else verdicts
     found += _collapse(runs, group, trained)
     found += _gaming(runs, group, trained)
     return found
