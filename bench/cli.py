@@ -147,30 +147,37 @@ def _compare(finished: list[Run], layout: str) -> None:
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("-o", "--output", default=PAGE, show_default=True,
               type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), default=20, show_default=True,
+              help="How large the page may be; pictures are made fewer and smaller to keep it so.")
 @as_json
-def report(names: tuple[str, ...], output: Path, layout: str) -> None:
+def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> None:
     """Write one self-contained page about runs (default: all).
 
-    Runs are those of results/runs; the page's path is printed.
+    Runs are those of results/runs; the page's path is printed, and its size on stderr.
     """
     from reports import load, page
 
-    path = page.write(load.load_runs([Path(name) for name in names] or None), output)
-    click.echo(json.dumps({"page": str(path)}) if layout == "json" else str(path))
+    path = page.write(load.load_runs([Path(name) for name in names] or None), output, max_mb)
+    size = path.stat().st_size
+    click.echo(f"{path.name}: {size / 1e6:.1f} MB", err=True)
+    click.echo(json.dumps({"page": str(path), "bytes": size}) if layout == "json" else str(path))
 
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...")
+@click.option("--paper", type=int, metavar="N", help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its "
+              "layout, published values beside the measured ones.")
 @click.option("--stat", default="mean", show_default=True, help="mean, median or winrate.")
 @click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
               "the table, or METHOD[:ITERATION].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
 @click.option("--guidance", type=float, help="Only this guidance scale.")
-@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge stands for all its readings.")
+@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge stands for all its readings, "
+              "average for the paper's mean of raw scores, average_z for its mean z-score.")
 @click.option("--protocol", help="one, mean or best: how the images of a prompt become one number.  "
               "[default: the suite's]")
 @click.option("--format", "layout", default="text", show_default=True, help="text, csv, md, latex or json.")
-def table(names: tuple[str, ...], stat: str, against: str | None, prompt_set: str | None,
+def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | None, prompt_set: str | None,
           guidance: float | None, metrics: str | None, protocol: str | None, layout: str) -> None:
     """Print a table of runs (default: all) with intervals.
 
@@ -179,9 +186,22 @@ def table(names: tuple[str, ...], stat: str, against: str | None, prompt_set: st
     from reports import load, tables
 
     runs = load.load_runs([Path(name) for name in names] or None)
+    if paper is not None:
+        _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
+        from reports import paper as papers
+
+        shown = papers.render(papers.build(runs, paper, guidance, protocol), layout)
+        click.echo(shown.rstrip("\n"))
+        return
     chosen = metrics.split(",") if metrics else None
     tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
     click.echo(tables.render(tidy, layout).rstrip("\n"))
+
+
+def _refuse_beside_paper(**given: Any) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--{name.replace('_', '-')} does not go with --paper: the paper's table decides that")
 
 
 @cli.command("list")

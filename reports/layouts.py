@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from reports.load import BASE
-from reports.stats import AVERAGE, JUDGE, higher_is_better
+from reports.stats import AVERAGE, JUDGE, ZSCORE, higher_is_better
 
 WIDTH = 118
 TITLES = {
@@ -19,6 +19,7 @@ TITLES = {
     "aesthetic": "Aesthetic",
     "clip": "CLIP",
     AVERAGE: "Average",
+    ZSCORE: "Mean z-score",
 }
 STATS = {"mean": "mean", "median": "median", "winrate": "win rate, %"}
 PROTOCOLS = {
@@ -42,6 +43,12 @@ LATEX = {
     "}": r"\}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    "·": r"$\cdot$",
+    "†": r"$^\dagger$",
+    "\u2212": "$-$",
 }
 
 
@@ -73,17 +80,18 @@ def setting(rows: pd.DataFrame) -> list[str]:
     """Prompt set, guidance, prompts, training seeds of the trained models, protocol, as short phrases."""
     first = rows.iloc[0]
     trained = rows.loc[rows["model"] != BASE, "n_seeds"]
-    seeds = _span(trained if len(trained) else rows["n_seeds"])
+    seeds = span(trained if len(trained) else rows["n_seeds"])
     return [
         f"prompt set {first['prompt_set']}",
         f"guidance {first['guidance']:g}",
-        f"{_span(rows['n_prompts'])} prompts",
+        f"{span(rows['n_prompts'])} prompts",
         f"{seeds} training seed{'' if seeds == '1' else 's'}",
         PROTOCOLS[first["protocol"]],
     ]
 
 
-def _span(numbers: pd.Series) -> str:
+def span(numbers: pd.Series) -> str:
+    """ "500" or "498-500"."""
     low, high = int(numbers.min()), int(numbers.max())
     return str(low) if low == high else f"{low}-{high}"
 
@@ -142,18 +150,22 @@ def _text(heading: str, rows: pd.DataFrame) -> str:
     return "\n".join([heading, *wrapped(header, body)]) + "\n* best of its column; [low, high] 95 % interval"
 
 
-def wrapped(header: list[str], body: list[list[str]]) -> list[str]:
-    """Aligned columns; when they are wider than a terminal, several tables under each other."""
+def wrapped(header: list[str], body: list[list[str]], names: int = 1) -> list[str]:
+    """Aligned columns; when they are wider than a terminal, several tables under each other.
+
+    The first `names` columns name a row and are repeated in each of them.
+    """
     table = [header, *body]
     widths = [max(text_width(row[i]) for row in table) for i in range(len(header))]
+    named = list(range(names))
     chunks: list[list[int]] = [[]]
-    for i in range(1, len(header)):
-        if chunks[-1] and widths[0] + sum(widths[j] + 2 for j in [*chunks[-1], i]) > WIDTH:
+    for i in range(names, len(header)):
+        if chunks[-1] and sum(widths[j] + 2 for j in [*named, *chunks[-1], i]) - 2 > WIDTH:
             chunks.append([])
         chunks[-1].append(i)
     lines: list[str] = []
     for chunk in chunks:
-        columns = [0, *chunk]
+        columns = [*named, *chunk]
         drawn = ["  ".join(pad(row[i], widths[i]) for i in columns).rstrip() for row in table]
         lines += ([""] if lines else []) + [drawn[0], "  ".join("-" * widths[i] for i in columns), *drawn[1:]]
     return lines
@@ -175,30 +187,33 @@ def _markdown(heading: str, rows: pd.DataFrame) -> str:
     header, body = cells(
         rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)} {interval}"
     )
-    lines = [[_markdown_text(cell) for cell in header]]
-    lines += [[_markdown_text(row[0]), *row[1:]] for row in body]
+    lines = [[markdown_text(cell) for cell in header]]
+    lines += [[markdown_text(row[0]), *row[1:]] for row in body]
     drawn = ["| " + " | ".join(line) + " |" for line in lines]
     rule = "| --- |" + " ---: |" * (len(header) - 1)
-    return "\n".join([_markdown_text(heading), "", drawn[0], rule, *drawn[1:]])
+    return "\n".join([markdown_text(heading), "", drawn[0], rule, *drawn[1:]])
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in text.replace("\n", " "))
 
 
 def _latex(heading: str, rows: pd.DataFrame) -> str:
+    """Two lines a model: values, then intervals in small print. Needs no package."""
     marks = {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
     header, body = cells(
-        rows,
-        lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)} {{\\scriptsize {interval}}}",
+        rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)}\n{{\\tiny {interval}}}"
     )
-    lines = [[_latex_text(cell) for cell in header]] + [[_latex_text(row[0]), *row[1:]] for row in body]
-    drawn = [" & ".join(line) + r" \\" for line in lines]
+    drawn = [" & ".join(map(latex_text, header)) + r" \\"]
+    for row in body:
+        halves = [cell.partition("\n") for cell in row[1:]]
+        drawn.append(" & ".join([latex_text(row[0]), *(half[0] for half in halves)]) + r" \\")
+        drawn.append(" & ".join(["", *(half[2] for half in halves)]) + r" \\")
     return "\n".join(
         [
             r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex_text(heading)}}}",
+            r"\centering\small\setlength{\tabcolsep}{4pt}",
+            rf"\caption{{{latex_text(heading)}}}",
             rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
             r"\hline",
             drawn[0],
@@ -211,8 +226,9 @@ def _latex(heading: str, rows: pd.DataFrame) -> str:
     )
 
 
-def _latex_text(text: str) -> str:
-    return "".join(LATEX.get(c, c) for c in text).replace("·", r"$\cdot$")
+def latex_text(text: str) -> str:
+    """Text for any LaTeX document without a package; what its fonts lack is written as a code point."""
+    return "".join(LATEX.get(c, c if c.isascii() else f"[U+{ord(c):04X}]") for c in text.replace("\n", " "))
 
 
 def summary_block(

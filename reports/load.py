@@ -42,6 +42,7 @@ class Runs:
     folders: dict[str, Path]
     models: dict[str, tuple[str, int]]
     problems: list[str] = field(default_factory=list)
+    arrays: dict = field(default_factory=dict, repr=False)  # scores by setting, kept by tables.group_scores
 
     @property
     def protocol(self) -> dict:

@@ -12,8 +12,28 @@ from reports import stats
 from reports.load import BASE, Runs, prompt_texts
 from reports.tables import lead_metric, metric_names
 
-LARGEST = 256  # pixels of the longer side of an embedded picture
 SMALL = 128  # up to here every pixel counts: kept without loss, enlarged without smoothing
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How many pictures a page carries, and how well: rows nobody chose, rows of wins and of losses for each
+    metric, pixels of the longer side, quality of lossy ones."""
+
+    rows: int
+    extremes: int
+    side: int
+    quality: int
+
+
+AMOUNTS = (
+    Amount(12, 3, 256, 85),
+    Amount(12, 2, 224, 75),
+    Amount(8, 1, 160, 60),
+    Amount(4, 1, 96, 45),
+    Amount(2, 0, 64, 35),
+    Amount(0, 0, 0, 0),
+)  # a page that is too large takes the next
 
 
 @dataclass(frozen=True)
@@ -35,20 +55,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of one setting: prompts nobody chose, then the best model's best and worst changes."""
+    """Pictures of one setting: prompts nobody chose, then for each metric (name, wins, losses) the best
+    model's largest changes to the base."""
 
     models: list[str]
     sample: list[Row]
-    wins: list[Row]
-    losses: list[Row]
+    extremes: list[tuple[str, list[Row], list[Row]]]
     seed: int
     train_seeds: dict[str, int]
 
 
 def gallery(
-    runs: Runs, group: tuple[str, float], best: str, count: int = 12, extremes: int = 3
+    runs: Runs, group: tuple[str, float], best: str, amount: Amount = AMOUNTS[0]
 ) -> Gallery | None:
-    """Pictures of one setting, None when the runs have none."""
+    """Pictures of one setting, None when the runs have none or none are wanted."""
+    if not amount.rows:
+        return None
     rows = runs.scores
     rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
     seeds = runs.evaluation.get("seeds") or sorted(rows["seed"].unique())
@@ -57,7 +79,7 @@ def gallery(
     rows = rows[rows["train_seed"].isna() | (rows["train_seed"] == rows["model"].map(first).astype("Int64"))]
     homes = rows.groupby("model", observed=True)["run"].first().to_dict()
     models = [model for model in runs.models if model in homes]
-    folders = {m: _folder(runs.folders[homes[m]], group, runs.models[m][1]) for m in models}
+    folders = {m: picture_folder(runs.folders[homes[m]], group, runs.models[m][1]) for m in models}
     names = {m: {p.name for p in folder.iterdir()} if folder else set() for m, folder in folders.items()}
     there = [
         p
@@ -72,26 +94,24 @@ def gallery(
 
     def row(prompt: str, change: float | None = None) -> Row:
         shown = [
-            _picture(folders[m], f"{prompt}-{seeds[0]}.png", m, _captions(runs, values, prompt, m))
+            _picture(folders[m], f"{prompt}-{seeds[0]}.png", m, _captions(runs, values, prompt, m), amount)
             for m in models
         ]
         return Row(texts.get(prompt, f"prompt {prompt}"), shown, change)
 
-    changes = _changes(values, lead, best, there)
-    top = [(p, c) for p, c in changes[-extremes:][::-1] if c > 0]
-    bottom = [(p, c) for p, c in changes[:extremes] if c < 0]
+    extremes = []
+    for metric in [lead, *(m for m in metric_names(runs) if not m.startswith(stats.JUDGE) and m != lead)]:
+        changes = _changes(values, metric, best, there)
+        wins = [row(p, c) for p, c in changes[::-1][: amount.extremes] if c > 0]
+        losses = [row(p, c) for p, c in changes[: amount.extremes] if c < 0]
+        if wins or losses:
+            extremes.append((metric, wins, losses))
     trained = {m: int(first[m]) for m in models if m != BASE and m in first.index}
-    return Gallery(
-        models,
-        [row(p) for p in there[:count]],
-        [row(*pair) for pair in top],
-        [row(*pair) for pair in bottom],
-        int(seeds[0]),
-        trained,
-    )
+    return Gallery(models, [row(p) for p in there[: amount.rows]], extremes, int(seeds[0]), trained)
 
 
-def _folder(run: Path, group: tuple[str, float], iteration: int) -> Path | None:
+def picture_folder(run: Path, group: tuple[str, float], iteration: int) -> Path | None:
+    """Where a run keeps the pictures of one model of its own, None where it has none."""
     for scale in (f"g{group[1]:g}", f"g{group[1]}"):
         folder = run / "images" / group[0] / scale / f"iter{iteration}"
         if folder.is_dir():
@@ -99,11 +119,11 @@ def _folder(run: Path, group: tuple[str, float], iteration: int) -> Path | None:
     return None
 
 
-def _changes(values, lead: str, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
-    """(prompt, lead metric of the best model minus the base's) for prompts with pictures, ascending."""
-    if best == BASE or (lead, BASE) not in values or (lead, best) not in values:
+def _changes(values, metric: str, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
+    """(prompt, metric of the best model minus the base's) for prompts with pictures, ascending."""
+    if best == BASE or (metric, BASE) not in values or (metric, best) not in values:
         return []
-    change = (values[(lead, best)] - values[(lead, BASE)]).loc[list(there)].dropna().sort_values()
+    change = (values[(metric, best)] - values[(metric, BASE)]).loc[list(there)].dropna().sort_values()
     return [(str(prompt), float(gain)) for prompt, gain in change.items()]
 
 
@@ -119,24 +139,26 @@ def _captions(runs: Runs, values, prompt: str, model: str) -> list[tuple[str, st
     return list(dict(found).items())
 
 
-def _picture(folder: Path | None, name: str, model: str, scores: list[tuple[str, str]]) -> Picture | None:
+def _picture(
+    folder: Path | None, name: str, model: str, scores: list[tuple[str, str]], amount: Amount
+) -> Picture | None:
     if folder is None or not (folder / name).is_file():
         return None
     try:
-        uri, small = encode(folder / name)
+        uri, small = encode(folder / name, amount.side, amount.quality)
     except OSError:
         return None  # an image cut short by a full disk must not cost the page
     return Picture(model, uri, small, scores)
 
 
-def encode(path: Path) -> tuple[str, bool]:
+def encode(path: Path, side: int, quality: int) -> tuple[str, bool]:
     """A picture as a data: address (WebP), and whether it is small enough to be shown pixel by pixel."""
     from PIL import Image
 
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     small = max(image.size) <= SMALL
-    image.thumbnail((LARGEST, LARGEST))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", lossless=small, quality=70 if small else 85)
+    image.save(buffer, "WEBP", lossless=small and quality >= 70, quality=min(quality, 70) if small else quality)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode(), small

@@ -56,7 +56,7 @@ def _lighter(colour: str, share: float) -> str:
 
 def differences(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     """Dots with intervals, a row a model, and a line at no difference."""
-    figure, axes = _panel(4.6, 0.5 + 0.3 * len(rows))
+    figure, axes = panel(4.6, 0.5 + 0.3 * len(rows))
     for height, row in enumerate(rows.iloc[::-1].itertuples()):
         colour = palette[row.model]
         axes.plot([row.low, row.high], [height, height], color=colour, linewidth=2.4, solid_capstyle="round")
@@ -64,16 +64,16 @@ def differences(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows["model"])[::-1])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    _quiet(axes, "x")
+    quiet(axes, "x")
     axes.margins(x=0.06)
-    return _svg(figure, f"{label}: " + _spoken(rows))
+    return svg(figure, f"{label}: " + spoken(rows))
 
 
 def iterations(
     rows: pd.DataFrame, models: dict[str, tuple[str, int]], palette: dict[str, str], label: str
 ) -> str:
     """Score per iteration with intervals (the paper's Figure 3); one-shot methods are horizontal lines."""
-    figure, axes = _panel(3.5, 2.4)
+    figure, axes = panel(3.5, 2.4)
     values = rows.set_index("model")
     methods = list(dict.fromkeys(models[model][0] for model in values.index))
     for method in methods:
@@ -100,13 +100,13 @@ def iterations(
     axes.set_xticks(range(last + 1), [BASE if i == 0 else str(i) for i in range(last + 1)])
     axes.set_xlim(-0.15, last + 0.15)
     axes.set_xlabel("iteration")
-    _quiet(axes, "y")
-    return _svg(figure, f"{label} per iteration: " + _spoken(rows))
+    quiet(axes, "y")
+    return svg(figure, f"{label} per iteration: " + spoken(rows))
 
 
 def winrates(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     """Win-rate bars in per cent with intervals (the paper's Figure 1) and a line at even."""
-    figure, axes = _panel(3.5, 0.7 + 0.27 * len(rows))
+    figure, axes = panel(3.5, 0.7 + 0.27 * len(rows))
     centre = range(len(rows))
     axes.barh(centre, 100 * rows["value"], 0.72, color=[palette[model] for model in rows["model"]])
     axes.hlines(centre, 100 * rows["low"], 100 * rows["high"], color=INK, linewidth=1.4)
@@ -115,15 +115,15 @@ def winrates(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     axes.axvline(50, color=INK, linewidth=1, dashes=(3, 2))
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of prompts won, ties half")
-    _quiet(axes, "x")
-    return _svg(figure, f"{label}, {statistic('winrate', rows['against'].iloc[0])}: " + _spoken(rows, 100))
+    quiet(axes, "x")
+    return svg(figure, f"{label}, {statistic('winrate', rows['against'].iloc[0])}: " + spoken(rows, 100))
 
 
 def training(history: pd.DataFrame, signal: str, palette: dict[str, str], models: list[str]) -> str:
     """A logged training signal over the steps, a line a model: mean over training seeds, and their range."""
     import seaborn
 
-    figure, axes = _panel(3.5, 2.4)
+    figure, axes = panel(3.5, 2.4)
     rows = history[history["model"].isin(models)].dropna(subset=[signal])
     there = [model for model in models if model in set(rows["model"])]
     seaborn.lineplot(
@@ -141,8 +141,8 @@ def training(history: pd.DataFrame, signal: str, palette: dict[str, str], models
     if signal in ("implicit_accuracy", "winner_drift", "loser_drift"):
         axes.axhline(0.5 if signal == "implicit_accuracy" else 0, color=INK, linewidth=1, dashes=(3, 2))
     axes.set(xlabel="step", ylabel="")
-    _quiet(axes, "y")
-    return _svg(figure, f"{SIGNALS.get(signal, signal)} during training of {', '.join(there)}")
+    quiet(axes, "y")
+    return svg(figure, f"{SIGNALS.get(signal, signal)} during training of {', '.join(there)}")
 
 
 @lru_cache
@@ -157,20 +157,20 @@ def _style() -> dict[str, Any]:
     return {**style, **dict.fromkeys(inked.split(), INK), **dict.fromkeys(sized.split(), 9), **PLAIN}
 
 
-def _panel(width: float, height: float) -> tuple[Any, Any]:
+def panel(width: float, height: float, projection: str | None = None) -> tuple[Any, Any]:
     """An empty figure of so many inches, without global state."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context(_style()):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
+        axes = figure.add_subplot(projection=projection)
     figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
     return figure, axes
 
 
-def _quiet(axes: Any, along: str) -> None:
+def quiet(axes: Any, along: str) -> None:
     """Only what is read: faint grid lines along the values, no frame."""
     from matplotlib.ticker import MaxNLocator
 
@@ -182,7 +182,7 @@ def _quiet(axes: Any, along: str) -> None:
     axes.tick_params(axis="y" if along == "x" else "x", length=0)
 
 
-def _spoken(rows: pd.DataFrame, scale: float = 1) -> str:
+def spoken(rows: pd.DataFrame, scale: float = 1) -> str:
     """The plot in words, for those who do not see it."""
     return "; ".join(
         f"{row.model} {scale * row.value:.4g} (from {scale * row.low:.4g} to {scale * row.high:.4g})"
@@ -190,7 +190,7 @@ def _spoken(rows: pd.DataFrame, scale: float = 1) -> str:
     )
 
 
-def _svg(figure: Any, spoken: str) -> str:
+def svg(figure: Any, spoken: str) -> str:
     """The figure as an SVG element: text as text, ids that do not collide, no addresses, the page's ink."""
     from matplotlib import rc_context
 

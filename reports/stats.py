@@ -21,7 +21,9 @@ LEVEL = 0.95
 BOOTSTRAP_SEED = 20240216
 PROTOCOLS = ("one", "mean", "best")
 STATS = ("mean", "median", "winrate")
-AVERAGE = "average"
+AVERAGE = "average"  # the paper's: plain mean of raw scores, in which PickScore's scale weighs most
+ZSCORE = "average_z"  # the same scores, each in units of the base model's spread over images
+AVERAGES = (AVERAGE, ZSCORE)
 PAPER_METRICS = ("hpsv2", "aesthetic", "imagereward", "pickscore")
 JUDGE = "judge/"
 
@@ -55,7 +57,7 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     """Long rows (model, train_seed, prompt_id, seed, metric, value), in any order, as an array.
 
     train_seed is NA for untrained models. `image_seeds` gives the order of the sampling seeds ("one" is the
-    first). The last metric is the paper's "Average", the plain mean of the raw scores.
+    first). The last metrics are the scale-free mean z-score and the paper's "Average" of the raw scores.
     """
     present = set(rows["model"].unique())
     models = [model for model in models if model in present]
@@ -77,13 +79,14 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     for index, model in enumerate(models):
         if model in untrained:
             values[index] = values[index, :1]
-    values = np.concatenate([values, _average(values, metrics)[..., None]], axis=-1)
+    averages = [_average(_standardised(values), metrics), _average(values, metrics)]
+    values = np.concatenate([values, np.stack(averages, axis=-1)], axis=-1)
     return Scores(
         tuple(models),
         tuple(train_seeds),
         tuple(prompts),
         tuple(seeds),
-        (*metrics, AVERAGE),
+        (*metrics, ZSCORE, AVERAGE),
         untrained,
         values,
     )
@@ -105,6 +108,13 @@ def higher_is_better(metric: str) -> bool:
 
 def _positions(column: pd.Series, values: Sequence) -> np.ndarray:
     return pd.Index(values).get_indexer(column)
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Scores as distances from the first model's (the base's) mean over images, in its standard deviations."""
+    first = np.ma.masked_invalid(values[0].reshape(-1, values.shape[-1]))
+    spread = first.std(axis=0).filled(np.nan)
+    return (values - first.mean(axis=0).filled(np.nan)) / np.where(spread > 0, spread, np.nan)
 
 
 def _average(values: np.ndarray, metrics: Sequence[str]) -> np.ndarray:

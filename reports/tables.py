@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from bench.errors import UsageError, did_you_mean
-from reports import layouts, stats
+from reports import layouts, significance, stats
 from reports.load import BASE, Runs
 
 FORMATS = ("text", "csv", "md", "latex", "json")
@@ -27,6 +27,7 @@ COLUMNS = [
     "against",
     "protocol",
 ]
+TESTED = ["p", "p_holm", "detectable"]
 
 
 def table(
@@ -42,12 +43,14 @@ def table(
 
     stat: mean or median of the scores, or, with `against`, of the per-prompt differences to that model;
     winrate over `against` (default base) in [0, 1]. metrics: names; "judge" stands for all judge readings,
-    "average" for the paper's mean of raw scores; default all metrics and the judge's main readings. protocol:
-    one, mean or best image of a prompt; default the suite's.
+    "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all metrics
+    and the judge's main readings. protocol: one, mean or best image of a prompt; default the suite's.
+    With `against` there are also p, p_holm (corrected over a model's metrics) and detectable, see
+    `reports.significance`.
     """
-    _one_of(stat, stats.STATS, "--stat")
+    one_of(stat, stats.STATS, "--stat")
     protocol = protocol or default_protocol(runs)
-    _one_of(protocol, stats.PROTOCOLS, "protocol")
+    one_of(protocol, stats.PROTOCOLS, "protocol")
     if stat == "winrate":
         against = against or BASE
     against = runs.resolve(against) if against else None
@@ -55,19 +58,24 @@ def table(
     chosen = _chosen_metrics(runs, metrics)
     parts = []
     for group in groups:
-        scores = group_scores(runs, group)
+        scores, setting = group_scores(runs, group), []
         for metric in chosen:
             if metric not in scores.metrics or (against and against not in scores.models):
                 continue
             part = stats.compare(scores, metric, stat, against, protocol)
-            parts.append(part.assign(prompt_set=group[0], guidance=group[1], metric=metric))
-    tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
-    return tidy.assign(stat=stat, against=against or "", protocol=protocol)[COLUMNS]
+            setting.append(part.assign(prompt_set=group[0], guidance=group[1], metric=metric))
+        if not setting:
+            continue
+        rows = pd.concat(setting, ignore_index=True)
+        parts.append(significance.annotate(rows, scores, stat, against, protocol) if against else rows)
+    columns = COLUMNS + (TESTED if against else [])
+    tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    return tidy.assign(stat=stat, against=against or "", protocol=protocol)[columns]
 
 
 def render(tidy: pd.DataFrame, format: str = "text") -> str:
     """Lay a tidy table out: text, md and latex side by side, the best marked; csv and json as tidy rows."""
-    _one_of(format, FORMATS, "--format")
+    one_of(format, FORMATS, "--format")
     if format == "csv":
         return tidy.to_csv(index=False, lineterminator="\n")
     if format == "json":
@@ -81,15 +89,25 @@ def default_protocol(runs: Runs) -> str:
 
 
 def group_scores(runs: Runs, group: tuple[str, float]) -> stats.Scores:
-    """The scores of one (prompt set, guidance) as an array."""
-    rows = runs.scores
-    rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
-    return stats.gather(rows, list(runs.models), runs.evaluation.get("seeds") or ())
+    """The scores of one (prompt set, guidance) as an array, gathered once."""
+    if group not in runs.arrays:
+        rows = runs.scores
+        rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
+        runs.arrays[group] = stats.gather(rows, list(runs.models), runs.evaluation.get("seeds") or ())
+    return runs.arrays[group]
 
 
 def metric_names(runs: Runs) -> list[str]:
     """All metrics of the runs, judge readings last."""
     return sorted(runs.scores["metric"].unique(), key=stats.metric_order)
+
+
+def averaged(runs: Runs) -> list[str]:
+    """The two averages, where there are several metrics to average."""
+    names = metric_names(runs)
+    paper = [name for name in names if name in stats.PAPER_METRICS]
+    many = len(paper or [name for name in names if not name.startswith(stats.JUDGE)]) > 1
+    return list(stats.AVERAGES) if many else []
 
 
 def lead_metric(runs: Runs) -> str:
@@ -98,7 +116,8 @@ def lead_metric(runs: Runs) -> str:
     return JUDGE_PARTS[0] if JUDGE_PARTS[0] in names else names[0]
 
 
-def _one_of(value: str, options: Sequence[str], what: str) -> None:
+def one_of(value: str, options: Sequence[str], what: str) -> None:
+    """Refuse what is not among the options, in one line."""
     if value not in options:
         raise UsageError(
             f"{what}: unknown '{value}'{did_you_mean(value, options)}; one of {', '.join(options)}"
@@ -126,7 +145,7 @@ def _chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
         if metric == "judge":
             chosen += [name for name in names if name.startswith(stats.JUDGE)]
             continue
-        _one_of(metric, [*names, stats.AVERAGE], "metrics")
+        one_of(metric, [*names, *stats.AVERAGES], "metrics")
         chosen.append(metric)
     return list(dict.fromkeys(chosen))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -222,8 +223,8 @@ def write_run(
             for k in range(iterations + 1 if images else 0):
                 place = folder / "images" / prompt_set / f"g{scale:g}" / f"iter{k}"
                 place.mkdir(parents=True)
-                for text in texts[:images]:
-                    draw(place, text, image_seeds[0], 0.2 + 0.25 * k)
+                for text, seed in itertools.product(texts[:images], image_seeds):
+                    draw(place, text, seed, 0.2 + 0.25 * k)
     return folder
 
 

@@ -115,7 +115,7 @@ def test_judge_and_metrics_are_apart(text: str) -> None:
         for table in re.findall(r"<table>.*?</table>", text, re.S)
     ]
     heads = [head for head in heads if head]
-    assert ["model", "PickScore", "Aesthetic", "CLIP"] in heads
+    assert ["model", "PickScore", "Aesthetic", "CLIP", "Average", "Mean z-score"] in heads
     assert ["model", "utility", "alignment", "aesthetics", "fade"] in heads
     assert "ground truth" in text
 
@@ -181,3 +181,25 @@ def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     runs = load_runs([fake_runs.write_run(tmp_path, "sft", guidance=(1.0,))])
     with pytest.raises(BenchError, match="is a folder"):
         page.write(runs, tmp_path)
+
+
+def test_a_page_keeps_to_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fake_runs.write_run(tmp_path / "runs", "sft", guidance=(3.0,), images=12)
+    runs = load_runs([root])
+    shown = page.context(runs)
+    monkeypatch.setattr(page, "context", lambda runs: shown)
+    whole = len(page.html(runs, 100).encode())
+    small = page.html(runs, 0.8 * whole / 1e6)
+    assert len(small.encode()) <= 0.8 * whole
+    assert "to keep the page under" in small and "data:image/webp" in small
+    assert f"{len(small.encode()) / 1e6:.1f} MB" in small
+    with pytest.raises(BenchError, match="even without pictures, more than --max-mb 0.01"):
+        page.write(runs, tmp_path / "report.html", 0.01)
+
+
+def test_every_section_is_there(text: str) -> None:
+    for heading in ("Failure signatures", "The paper's tables", "Biggest wins and losses", "Win rate over base",
+                    "Win rate over Diffusion-DPO", "Metrics at a glance", "Do the metrics agree?", "prompt by prompt",
+                    "against pairs seen", "against seconds of compute", "needs more than one sampling seed", "(6.25)"):
+        assert heading in text.replace("&#39;", "'"), heading
+    assert "@SIZE@" not in text

@@ -105,7 +105,7 @@ def test_wide_text_is_folded_and_labels_are_escaped(runs: Runs) -> None:
     tidy = tables.table(runs, guidance=3.0, metrics=["clip"]).replace(
         {"model": {"SFT": "a_b & 5% {x} | *y*"}}
     )
-    assert r"a\_b \& 5\% \{x\} | *y*" in tables.render(tidy, "latex")
+    assert r"a\_b \& 5\% \{x\} $|$ *y*" in tables.render(tidy, "latex")
     assert r"a\_b & 5% {x} \| \*y\*" in tables.render(tidy, "md")
 
 

@@ -1,0 +1,310 @@
+"""The result tables of the SPIN-Diffusion paper (arXiv 2402.10210), in its layout, from measured runs.
+
+Tables 1 to 4 are the Pick-a-Pic test prompts, 7 and 8 PartiPrompts, 9 and 10 the prompts of HPSv2. In a suite
+without these, its own prompt sets take their places in order, and are named.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pandas as pd
+
+from bench.errors import UsageError
+from reports import layouts, stats
+from reports.load import BASE, Runs
+from reports.published import PAPER, Published, published
+from reports.tables import FORMATS, group_scores, one_of
+
+COLUMNS = {
+    "hpsv2": "HPS",
+    "aesthetic": "Aesthetic",
+    "imagereward": "ImageReward",
+    "pickscore": "PickScore",
+    stats.AVERAGE: "Average",
+}
+RIVAL = "Diffusion-DPO (reproduced)"
+ROWS = {
+    "SD-1.5": (BASE, 0),
+    "SFT (reproduced)": ("sft", None),
+    "Diffusion-DPO": None,  # the checkpoint its authors released, which no run here is
+    RIVAL: ("diffusion_dpo", None),
+    "SPIN-Diffusion-Iter1": ("spin", 1),
+    "SPIN-Diffusion-Iter2": ("spin", 2),
+    "SPIN-Diffusion-Iter3": ("spin", 3),
+}
+SETS = (("Pick-a-Pic", "pick"), ("PartiPrompts", "parti"), ("HPSv2", "hps"))
+IMAGES, GUIDANCE = 5, 7.5  # the paper's protocol: best of five images at guidance 7.5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a table of the paper shows: statistic, row it is compared with, and which of its prompt sets."""
+
+    stat: str
+    prompts: int
+    against: str | None = None
+
+
+TABLES = {
+    1: Kind("mean", 0),
+    2: Kind("median", 0),
+    3: Kind("winrate", 0, "SD-1.5"),
+    4: Kind("winrate", 0, RIVAL),
+    7: Kind("mean", 1),
+    8: Kind("median", 1),
+    9: Kind("mean", 2),
+    10: Kind("median", 2),
+}
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table. rows: paper's row, measured model's label ("" if none), metric, the estimate (NaN if none)
+    and the published cell; notes: what every reader has to know about the numbers."""
+
+    number: int
+    title: str
+    tidy: pd.DataFrame
+    notes: list[str]
+
+
+def available(runs: Runs) -> list[int]:
+    """The tables these runs have prompts and models for."""
+    return [number for number in TABLES if _missing(runs, number) is None]
+
+
+def build(
+    runs: Runs, number: int, guidance: float | None = None, protocol: str | None = None
+) -> PaperTable:
+    """One of the paper's tables. guidance: default the suite's highest; protocol: default the paper's best."""
+    if number not in TABLES:
+        raise UsageError(f"--paper: no table {number}; there are {', '.join(map(str, TABLES))}")
+    missing = _missing(runs, number)
+    if missing:
+        raise UsageError(f"--paper {number}: {missing}")
+    kind = TABLES[number]
+    name = _prompt_set(runs, kind.prompts)
+    scales = [scale for found, scale in runs.groups if found == name]
+    scale = max(scales) if guidance is None else guidance
+    if scale not in scales:
+        raise UsageError(f"--guidance: {name} was sampled at {', '.join(f'{s:g}' for s in scales)}, not {scale:g}")
+    scores = group_scores(runs, (name, scale))
+    protocol = protocol or ("best" if len(scores.image_seeds) > 1 else "one")
+    one_of(protocol, stats.PROTOCOLS, "--protocol")
+    tidy = _cells(runs, number, scores, protocol).assign(prompt_set=name, guidance=scale, protocol=protocol)
+    what = {"mean": "Mean", "median": "Median", "winrate": "Win rate, %,"}[kind.stat]
+    over = f" over {_measured(runs)[kind.against]}, ties half," if kind.against else ""
+    place = SETS[kind.prompts][0]
+    title = f"Table {number} of the paper: {what.lower()}{over} on prompt set {name}"
+    if SETS[kind.prompts][1] not in name.casefold():
+        title += f" (in the place of {place})"
+    return PaperTable(number, title, tidy, _notes(runs, tidy, scores))
+
+
+def _missing(runs: Runs, number: int) -> str | None:
+    kind = TABLES[number]
+    if _prompt_set(runs, kind.prompts) is None:
+        there = ", ".join(dict.fromkeys(name for name, _ in runs.groups))
+        return f"no prompt set here takes the place of {SETS[kind.prompts][0]}; there is {there}"
+    if kind.against and not _measured(runs).get(kind.against):
+        return f"it compares with {kind.against}, which no run here is"
+    return None
+
+
+def _prompt_set(runs: Runs, position: int) -> str | None:
+    """The suite's set of that name, else the first, second or third of those that stand for no other one."""
+    names = list(dict.fromkeys(name for name, _ in runs.groups))
+    named = {
+        i: next((n for n in names if word in n.casefold()), None) for i, (_, word) in enumerate(SETS)
+    }
+    if named[position]:
+        return named[position]
+    if any(named.values()):
+        return None
+    return names[position] if position < len(names) else None
+
+
+def _measured(runs: Runs) -> dict[str, str]:
+    """Paper's row -> label of the measured model; models the paper has no row for come last, as themselves."""
+    found = {}
+    for row, wanted in ROWS.items():
+        method, iteration = wanted or ("", None)
+        labels = [
+            label for label, (m, i) in runs.models.items() if m == method and iteration in (None, i)
+        ]
+        found[row] = labels[-1] if labels else ""
+    return found | {label: label for label in runs.models if label not in found.values()}
+
+
+def _cells(runs: Runs, number: int, scores: stats.Scores, protocol: str) -> pd.DataFrame:
+    kind, measured, known = TABLES[number], _measured(runs), published()
+    against = measured[kind.against] if kind.against else None
+    nothing = Published(float("nan"), "", "", "", "")
+    rows = []
+    for metric in COLUMNS:
+        found = {}
+        if metric in scores.metrics:
+            part = stats.compare(scores, metric, kind.stat, against, protocol)
+            found = {row.model: row for row in part.itertuples()}
+        for row, label in measured.items():
+            if row == kind.against:
+                continue
+            cell, printed = found.get(label), known.get((number, row, metric), nothing)
+            scale = 100 if kind.stat == "winrate" else 1
+            rows.append(
+                {
+                    "table": number,
+                    "row": row,
+                    "model": label,
+                    "metric": metric,
+                    **{n: scale * getattr(cell, n, float("nan")) for n in ("value", "low", "high")},
+                    "n_prompts": getattr(cell, "n_prompts", 0),
+                    "n_seeds": getattr(cell, "n_seeds", 0),
+                    "stat": kind.stat,
+                    "against": against or "",
+                    "published": printed.value,
+                    "published_text": printed.text,
+                    "published_kind": printed.kind,
+                    "published_protocol": printed.protocol,
+                    "published_source": printed.source,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
+    first = tidy.iloc[0]
+    there = [name for name in COLUMNS if name in scores.metrics and name != stats.AVERAGE]
+    gone = [COLUMNS[name] for name in COLUMNS if name not in scores.metrics]
+    done = tidy[tidy["n_prompts"] > 0]
+    images = len(scores.image_seeds)
+    reading = {"one": "one image a prompt", "mean": f"mean of {images} images a prompt",
+               "best": f"of {images} images a prompt the one with the highest average"}[first["protocol"]]
+    weights = runs.protocol.get("suite", {}).get("model", {}).get("weights", "unknown")
+    prompts = layouts.span(done["n_prompts"]) if len(done) else "no"
+    notes = [
+        f"Measured: base model {weights}, {prompts} prompts of {first['prompt_set']}, guidance "
+        f"{first['guidance']:g}, {reading}; brackets are paired bootstrap 95 % intervals."
+    ]
+    if gone and there:
+        notes.append(f"Not measured: {', '.join(gone)}; Average is that of "
+                     f"{' and '.join(COLUMNS[n] for n in there)} alone.")
+    printed = tidy[tidy["published"].notna()]
+    if len(printed):
+        notes.append(f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
+                     "Cells without one have no verified published value.")
+        derived = printed[printed["published_kind"] != "verbatim"]
+        if len(derived):
+            notes.append("† derived: " + "; ".join(dict.fromkeys(derived["published_source"])) + ".")
+        differences = _differences(weights, first, images)
+        if differences:
+            notes.append(f"Not comparable with the published values: {'; '.join(differences)}.")
+    else:
+        notes.append("None of this table's published values could be verified, so none is shown.")
+    return notes
+
+
+def _differences(weights: str, first: pd.Series, images: int) -> list[str]:
+    """How the measured protocol differs from the paper's."""
+    found = []
+    if "stable-diffusion-v1-5" not in str(weights):
+        found.append(f"base model {weights}, not SD-1.5" + (" (its scorers are small ones too)" * (weights == "mini")))
+    if SETS[TABLES[first["table"]].prompts][1] not in first["prompt_set"].casefold():
+        found.append(f"other prompts ({first['prompt_set']})")
+    if first["guidance"] != GUIDANCE:
+        found.append(f"guidance {first['guidance']:g}, not {GUIDANCE:g}")
+    if first["protocol"] != "best" or images != IMAGES:
+        found.append(f"{first['protocol']} of {images}, not best of {IMAGES}")
+    return found
+
+
+def ranks(part: pd.DataFrame) -> dict[str, int]:
+    """Row -> 1 for the best measured value of a column, 2 for the second."""
+    return layouts.ranks(part[part["value"].notna()].assign(model=lambda rows: rows["row"]))
+
+
+def grid(tidy: pd.DataFrame) -> tuple[list[str], list[tuple[str, str, list[tuple[str, str, int, str]]]]]:
+    """Header, and for each row (paper's name, measured label, cells of value, interval, rank, published)."""
+    rows: dict[str, list] = {row: [] for row in tidy["row"].unique()}
+    labels = dict(zip(tidy["row"], tidy["model"], strict=True))
+    for _, part in tidy.groupby("metric", sort=False):
+        places, rank = layouts.column_digits(part[part["value"].notna()]), ranks(part)
+        for cell in part.itertuples():
+            value = interval = ""
+            if cell.value == cell.value:
+                value, interval = f"{cell.value:.{places}f}", f"[{cell.low:.{places}f}, {cell.high:.{places}f}]"
+            printed = cell.published_text + "†" * (cell.published_kind == "derived")
+            rows[cell.row].append((value, interval, rank.get(cell.row, 0), printed))
+    return [COLUMNS[m] for m in tidy["metric"].unique()], [(row, labels[row], c) for row, c in rows.items()]
+
+
+def render(table: PaperTable, format: str) -> str:
+    """The table as text, md or latex in the paper's layout, or as tidy csv or json rows."""
+    one_of(format, FORMATS, "--format")
+    if format == "csv":
+        return table.tidy.to_csv(index=False, lineterminator="\n")
+    if format == "json":
+        rows = table.tidy.astype(object).where(table.tidy.notna(), None).to_dict("records")
+        return json.dumps({"title": table.title, "notes": table.notes, "rows": rows}, indent=1,
+                          ensure_ascii=False, allow_nan=False)
+    return {"text": _text, "md": _markdown, "latex": _latex}[format](table) + "\n"
+
+
+def _text(table: PaperTable) -> str:
+    header, rows = grid(table.tidy)
+
+    def cell(value: str, interval: str, rank: int, printed: str) -> str:
+        mark = {1: "*", 2: "_"}.get(rank, " ")
+        return " ".join(part for part in (value and value + mark, interval, printed and f"({printed})") if part) or "-"
+
+    body = [[row, label or "-", *(cell(*c) for c in cells)] for row, label, cells in rows]
+    lines = layouts.wrapped(["paper's row", "measured", *header], body, 2)
+    return "\n".join([table.title, *lines, "* best, _ second of the measured", *table.notes])
+
+
+def _markdown(table: PaperTable) -> str:
+    header, rows = grid(table.tidy)
+    clean = layouts.markdown_text
+
+    def cell(value: str, interval: str, rank: int, printed: str) -> str:
+        marked = {1: "**{}**", 2: "<u>{}</u>"}.get(rank, "{}").format(value) if value else ""
+        return " ".join(part for part in (marked, interval, printed and f"({printed})") if part)
+
+    lines = [[clean(row), clean(label), *(cell(*c) for c in cells)] for row, label, cells in rows]
+    drawn = ["| " + " | ".join(line) + " |" for line in [["paper's row", "measured", *header], *lines]]
+    rule = "| --- | --- |" + " ---: |" * len(header)
+    notes = [f"- {clean(note)}" for note in table.notes]
+    return "\n".join([f"**{clean(table.title)}**", "", drawn[0], rule, *drawn[1:], "", *notes])
+
+
+def _latex(table: PaperTable) -> str:
+    """Two lines a row: values with the published ones in parentheses, then intervals. Needs no package."""
+    header, rows = grid(table.tidy)
+    clean = layouts.latex_text
+    lines = [" & ".join(["", *header])]
+    for row, label, cells in rows:
+        marked = [{1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}.get(c[2], "{}").format(c[0] or "--") for c in cells]
+        printed = [f" ({clean(c[3])})" if c[3] else "" for c in cells]
+        lines.append(" & ".join([clean(row), *map("".join, zip(marked, printed, strict=True))]))
+        if label:
+            small = [f"measured: {clean(label)}", *(c[1] for c in cells)]
+            lines.append(" & ".join(rf"{{\tiny {text}}}" if text else "" for text in small))
+    drawn = [line + r" \\" for line in lines]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{clean(table.title)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(header)}}}",
+            r"\hline",
+            drawn[0],
+            r"\hline",
+            *drawn[1:],
+            r"\hline",
+            r"\end{tabular}",
+            r"\par\smallskip\parbox{\linewidth}{\scriptsize " + " ".join(map(clean, table.notes)) + "}",
+            r"\end{table}",
+        ]
+    )

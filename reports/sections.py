@@ -1,0 +1,254 @@
+"""What the page shows of one prompt set at one guidance: tables, plots, warnings, pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reports import charts, cost, layouts, paper, plots, stats, tables
+from reports.load import BASE, Runs
+from reports.signatures import signatures
+from reports.stats import AVERAGES, JUDGE
+from reports.verdict import Finding
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table; small: what stands below it in small print."""
+
+    value: str
+    small: str
+    rank: int = 0
+
+    @property
+    def sort(self) -> str:
+        return self.value.replace("\u2212", "-").lstrip("<")
+
+
+@dataclass(frozen=True)
+class View:
+    """One statistic of one setting: the judge's table and the metrics' table, each (header, body) or None."""
+
+    key: str
+    name: str
+    caption: str
+    note: str
+    judge: tuple[list[str], list[list[Any]]] | None
+    metrics: tuple[list[str], list[list[Any]]] | None
+
+
+RANKED = "Bold is the best of a column, underlined the second; the judge's defects are better when lower."
+TESTED = (
+    "Each number is a p-value of Wilcoxon's signed-rank test over prompts, for these training seeds, corrected "
+    "(Holm) over all metrics and judge readings of a model; the averages repeat other metrics and have none. "
+    "Below it the smallest true difference that this comparison would find with 80 % power at the 5 % level."
+)
+
+
+def setting(runs: Runs, finding: Finding, palette: dict[str, str], lead: str) -> dict[str, Any]:
+    """Everything of one setting but its pictures, by the names the template uses."""
+    names = [*tables.metric_names(runs), *tables.averaged(runs)]
+    where = {"prompt_set": finding.group[0], "guidance": finding.group[1], "metrics": names}
+    mean = tables.table(runs, "mean", **where)
+    views = [_view("mean", "Mean", mean)]
+    found: dict[str, Any] = {"forest": None, "bars": [], "panels": [], "charts": []}
+    if BASE in runs.models and len(runs.models) > 1:
+        gain = tables.table(runs, "mean", BASE, **where)
+        views += [_view("gain", "Difference to base", gain)]
+        found["forest"] = safe(plots.differences(gain[gain["metric"] == lead], palette, spoken_name(lead)))
+        rivals = [BASE, *([rival] if (rival := _rival(runs)) else [])]
+        for key, against in zip(("winrate", "rivals"), rivals, strict=False):
+            rate = tables.table(runs, "winrate", against, **where)
+            views.append(_view(key, f"Win rate over {against}", rate))
+            found["bars"].append((against, _panels(rate, lambda rows, name: plots.winrates(rows, palette, name))))
+        views.append(_tests(gain))
+        found["charts"] = _charts(runs, finding, mean, palette, lead)
+    views.append(_view("median", "Median", tables.table(runs, "median", **where)))
+    if any(iteration > 1 for _, iteration in runs.models.values()):
+        found["panels"] = _panels(mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
+    rows = mean[mean["metric"] == lead]
+    return found | {
+        "name": finding.group[0],
+        "guidance": f"{finding.group[1]:g}",
+        "finding": finding,
+        "views": [view for view in views if view],
+        "caption": " · ".join(layouts.setting(rows)),
+        "n_prompts": int(rows["n_prompts"].max()),
+        "signatures": signatures(runs, finding.group),
+    }
+
+
+def _rival(runs: Runs) -> str | None:
+    """The second baseline of win rates: Diffusion-DPO as in the paper's Figure 1, else SFT."""
+    for method in ("diffusion_dpo", "sft"):
+        found = [label for label, (m, _) in runs.models.items() if m == method]
+        if found and len(runs.models) > 2:
+            return found[-1]
+    return None
+
+
+def _panels(tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
+    """(title, is a judge reading, plot) of the metrics and the judge's main parts."""
+    return [
+        (layouts.metric_title(str(metric)), str(metric).startswith(JUDGE), safe(draw(rows, spoken_name(str(metric)))))
+        for metric, rows in tidy.groupby("metric", sort=False)
+        if not str(metric).startswith(JUDGE) or metric in tables.JUDGE_PARTS
+    ]
+
+
+def spoken_name(metric: str) -> str:
+    return ("judge: " if metric.startswith(JUDGE) else "") + layouts.metric_title(metric)
+
+
+def _halves(tidy: pd.DataFrame, cells: Any) -> list[Any]:
+    judged = tidy["metric"].str.startswith(JUDGE)
+    return [cells(rows) if len(rows) else None for rows in (tidy[judged], tidy[~judged])]
+
+
+def _view(key: str, name: str, tidy: pd.DataFrame) -> View | None:
+    if tidy.empty:
+        return None
+
+    def cells(rows: pd.DataFrame) -> tuple[list[str], list[list[Any]]]:
+        return layouts.cells(rows, lambda value, interval, rank: Cell(minus(value), minus(interval), rank))
+
+    return View(key, name, layouts.caption(tidy), RANKED, *_halves(tidy, cells))
+
+
+def _tests(gain: pd.DataFrame) -> View | None:
+    """The p-values and detectable differences of the differences to the base."""
+    if gain.empty:
+        return None
+
+    def cells(rows: pd.DataFrame) -> tuple[list[str], list[list[Any]]]:
+        models = list(dict.fromkeys(rows["model"]))
+        columns = []
+        for _, part in rows.groupby("metric", sort=False):
+            by = {row.model: Cell(_p(row.p_holm), f"finds {row.detectable:.2g}") for row in part.itertuples()}
+            columns.append([by.get(model, "-") for model in models])
+        header = ["model", *(layouts.metric_title(str(m)) for m in rows["metric"].unique())]
+        return header, [list(line) for line in zip(models, *columns, strict=True)]
+
+    caption = "difference to base, p-value after Holm · " + " · ".join(layouts.setting(gain))
+    return View("test", "Tests", caption, TESTED, *_halves(gain, cells))
+
+
+def _p(value: float) -> str:
+    return "–" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _charts(
+    runs: Runs, finding: Finding, mean: pd.DataFrame, palette: dict[str, str], lead: str
+) -> list[tuple[str, str, Any]]:
+    """(title, remark, plot): radar, efficiency, agreement, distribution of differences."""
+    scores, protocol = tables.group_scores(runs, finding.group), tables.default_protocol(runs)
+    found = []
+    table = mean[~mean["metric"].str.startswith(JUDGE) & (mean["metric"] != AVERAGES[0])]
+    wide = table.pivot(index="model", columns="metric", values="value")
+    wide = wide.loc[list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["metric"]))].dropna()
+    if len(wide.columns) > 2 and len(wide) > 1:
+        wide.columns = [layouts.metric_title(name) for name in wide.columns]
+        remark = "Means; each axis runs from its worst to its best model, so it shows order, not size."
+        found.append(("Metrics at a glance", remark, safe(charts.radar(wide, palette))))
+    paid = mean.merge(cost.costs(runs), on="model")
+    learned = [m for m in tables.metric_names(runs) if not m.startswith(JUDGE) and m != lead]
+    for metric in [lead, *learned[:1]]:
+        rows, name = paid[paid["metric"] == metric], spoken_name(metric)
+        for along, axis in (("pairs", "pairs seen"), ("seconds", "seconds of compute, opponent's images included")):
+            if rows[along].max() > 0:
+                drawn = charts.efficiency(rows, along, axis, runs.models, palette, name)
+                found.append((f"{name} against {axis.split(',')[0]}", "Bars are 95 % intervals.", safe(drawn)))
+    changes = _changes(scores, protocol)
+    metrics = [m for m in scores.metrics if m in changes and (not m.startswith(JUDGE) or m in tables.JUDGE_PARTS)]
+    metrics = [m for m in metrics if m not in AVERAGES]
+    if len(metrics) > 1:
+        pooled = pd.DataFrame({m: np.concatenate(list(changes[m].values())) for m in metrics})
+        remark = "Spearman's rank correlation of per-prompt differences to base, all models together."
+        drawn = charts.agreement(pooled.corr("spearman").to_numpy(), [spoken_name(m) for m in metrics])
+        found.append(("Do the metrics agree?", remark, safe(drawn)))
+    for metric in [lead, *learned[:1]]:
+        if changes.get(metric):
+            remark = "Dot: median. Thick: middle half. Thin: middle 90 %. Mean over training seeds."
+            drawn = charts.distributions(changes[metric], palette, spoken_name(metric))
+            found.append((f"{spoken_name(metric)}, prompt by prompt", remark, safe(drawn)))
+    return found
+
+
+def _changes(scores: stats.Scores, protocol: str) -> dict[str, dict[str, np.ndarray]]:
+    """Metric -> model -> per-prompt difference to the base [prompts that all models have]."""
+    data = stats.per_prompt(scores, protocol)
+    base = scores.models.index(BASE)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for i, metric in enumerate(scores.metrics):
+        part = data[..., i]
+        present = np.isfinite(part).any(axis=2)
+        rows = {
+            model: (part[m] - part[base])[present[m] & present[base]].mean(axis=0)
+            for m, model in enumerate(scores.models)
+            if m != base and (present[m] & present[base]).any()
+        }
+        if rows:
+            whole = np.isfinite(np.stack(list(rows.values()))).all(axis=0)
+            found[metric] = {model: values[whole] for model, values in rows.items()} if whole.any() else {}
+    return {metric: rows for metric, rows in found.items() if rows}
+
+
+def price_bars(runs: Runs, palette: dict[str, str]) -> list[tuple[str, Any]]:
+    """Cost bars: operations and time of what was trained."""
+    rows = cost.costs(runs).set_index("model")
+    rows = rows[rows["pairs"] > 0]
+    found = []
+    if len(rows) and rows[["train_flops", "sample_flops"]].to_numpy().max() > 0:
+        parts = rows[["train_flops", "sample_flops"]] / 1e12
+        parts.columns = ["training", "opponent's images"]
+        found.append(("TFLOP: training, and paler the opponent's images", safe(charts.bars(parts, palette, "TFLOP"))))
+    if len(rows) and rows["seconds"].max() > 0:
+        parts = rows[["seconds"]] / 60
+        parts.columns = ["minutes"]
+        found.append(("Minutes, opponent's images included", safe(charts.bars(parts, palette, "minutes"))))
+    return found
+
+
+def paper_tables(runs: Runs) -> list[dict[str, Any]]:
+    """The paper's tables that these runs can fill."""
+    found = []
+    for number in paper.available(runs):
+        table = paper.build(runs, number)
+        header, rows = paper.grid(table.tidy)
+        cells = [
+            (row, label, [(Cell(minus(c[0]), minus(c[1]), c[2]) if c[0] else None, c[3]) for c in line])
+            for row, label, line in rows
+        ]
+        found.append({"number": number, "title": table.title, "header": header, "rows": cells, "notes": table.notes})
+    return found
+
+
+def training(runs: Runs, palette: dict[str, str]) -> list[tuple[str, Any]]:
+    """(title, plot) of the logged signals; losses, which differ in kind, a method at a time."""
+    logged = runs.history
+    models = [model for model in runs.models if model in set(logged["model"])]
+    by_method = {
+        runs.title(method): [m for m in models if runs.models[m][0] == method]
+        for method in dict.fromkeys(runs.models[model][0] for model in models)
+    }
+    panels = [(f"loss, {title}", "loss", own) for title, own in by_method.items()]
+    panels += [(name, signal, models) for signal, name in plots.SIGNALS.items()]
+    return [
+        (title, safe(plots.training(logged, signal, palette, own)))
+        for title, signal, own in panels
+        if signal in logged and logged.loc[logged["model"].isin(own), signal].notna().any()
+    ]
+
+
+def safe(svg: str) -> Any:
+    """Our own drawing, its texts escaped when it was drawn."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def minus(text: str) -> str:
+    return text.replace("-", "\u2212")

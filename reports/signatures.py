@@ -1,0 +1,191 @@
+"""Failure signatures: the known ways in which alignment goes wrong, each with the number it is judged by.
+
+The limits are conventions, stated with every verdict; they sort what to look at first and prove nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reports import stats
+from reports.load import BASE, Runs
+from reports.pictures import picture_folder
+from reports.tables import default_protocol, group_scores
+
+GREEN, AMBER, RED, UNKNOWN = "green", "amber", "red", "unknown"
+ACCURACY = (0.5, 0.55, 0.9, 0.97)  # red below, amber below, amber above, red above
+DIVERSITY = (0.6, 0.8)  # of the base's: red below, amber below
+END = 0.2  # the last fifth of an iteration's log is how it ended
+PROMPTS = 48  # whose pictures are compared, in the order of their hash
+SIDE = 32  # pixels of a picture's side when pictures are compared
+BUCKET = re.compile(r"^winner_drift_t(\d+)_(\d+)$")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One verdict. number: what was measured, as shown; reading: what it means and where the limits are."""
+
+    name: str
+    model: str
+    level: str
+    number: str
+    reading: str
+
+
+def signatures(runs: Runs, group: tuple[str, float]) -> list[Signature]:
+    """All verdicts, training first, then the pictures and scores of one prompt set and guidance."""
+    trained = [model for model in runs.models if model != BASE]
+    found = []
+    for check in (_competition, _drift, _timesteps):
+        verdicts = [verdict for model in trained if (verdict := check(_ended(runs, model), model))]
+        unknown = verdicts and all(verdict.level == UNKNOWN for verdict in verdicts)
+        found += [replace(verdicts[0], model="all")] if unknown else verdicts
+    found += _collapse(runs, group, trained)
+    found += _gaming(runs, group, trained)
+    return found
+
+
+def _ended(runs: Runs, model: str) -> pd.DataFrame:
+    """The last fifth of a model's own iteration, of all training seeds."""
+    rows = runs.history[runs.history["model"] == model]
+    if rows.empty:
+        return rows
+    first, last = rows["step"].min(), rows["step"].max()
+    return rows[rows["step"] >= last - END * (last - first)]
+
+
+def _mean(rows: pd.DataFrame, signal: str) -> float:
+    return float(rows[signal].mean()) if signal in rows else float("nan")
+
+
+def _competition(rows: pd.DataFrame, model: str) -> Signature | None:
+    """Implicit accuracy: how often the policy already tells the winner from the loser."""
+    name, accuracy = "Competition too easy or too hard", _mean(rows, "implicit_accuracy")
+    if np.isnan(accuracy):
+        return None
+    lost, hard, easy, won = ACCURACY
+    level = GREEN if hard <= accuracy <= easy else RED if accuracy < lost or accuracy > won else AMBER
+    reading = "winners and losers are told apart, and not yet always"
+    if accuracy > easy:
+        reading = "too easy: the losers no longer teach anything"
+    if accuracy < hard:
+        reading = "too hard: the policy can hardly tell winners from losers"
+    return Signature(name, model, level, f"implicit accuracy {accuracy:.2f}", f"{reading} (green {hard} to {easy})")
+
+
+def _drift(rows: pd.DataFrame, model: str) -> Signature | None:
+    """A preference loss may be satisfied by making both errors worse, the loser's only more so."""
+    winner, loser = _mean(rows, "winner_drift"), _mean(rows, "loser_drift")
+    if np.isnan(winner):
+        return None
+    number = f"winner error {winner:+.2g}" + ("" if np.isnan(loser) else f", loser error {loser:+.2g}")
+    if winner <= 0:
+        level, reading = GREEN, "the winners are denoised better than by the reference"
+    elif winner < loser:
+        level, reading = AMBER, "both errors rise, the loser's more: the gap grows by getting worse at both"
+    else:
+        level, reading = RED, "the winners are denoised worse than by the reference"
+    return Signature("Error drift", model, level, number, f"{reading} (green: winner error not above 0)")
+
+
+def _timesteps(rows: pd.DataFrame, model: str) -> Signature | None:
+    """With one weight for all timesteps a few of them may do all the learning, or all the damage."""
+    if _mean(rows, "winner_drift") != _mean(rows, "winner_drift"):
+        return None
+    name = "Unweighted timesteps"
+    found = {column: _mean(rows, column) for column in rows if BUCKET.match(str(column))}
+    found = {column: drift for column, drift in found.items() if drift == drift}
+    if len(found) < 2:
+        return Signature(name, model, UNKNOWN, "not recorded", "needs the error drift by timestep in the history")
+    worst = max(found, key=lambda column: found[column])
+    low, high = BUCKET.match(worst).groups()
+    rising = sum(drift > 0 for drift in found.values())
+    level = GREEN if not rising else RED if rising > len(found) / 2 else AMBER
+    reading = f"the winner's error rises in {rising} of {len(found)} ranges of timesteps (green: in none)"
+    return Signature(name, model, level, f"{found[worst]:+.2g} at timesteps {low} to {high}", reading)
+
+
+def _collapse(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[Signature]:
+    """Diversity of a prompt's pictures over sampling seeds, against the base model's."""
+    name = "Mode collapse"
+    if len(group_scores(runs, group).image_seeds) < 2:
+        return [Signature(name, "all", UNKNOWN, "one picture a prompt", "needs more than one sampling seed")]
+    base = diversity(runs, group, BASE) if BASE in runs.models else {}
+    found = []
+    for model in trained:
+        own = diversity(runs, group, model) if base else {}
+        both = [prompt for prompt in own if prompt in base and base[prompt] > 0]
+        if not both:
+            found.append(Signature(name, model, UNKNOWN, "no pictures", "needs pictures of several sampling seeds"))
+            continue
+        ratio = sum(own[p] for p in both) / sum(base[p] for p in both)
+        level = GREEN if ratio >= DIVERSITY[1] else RED if ratio < DIVERSITY[0] else AMBER
+        number = f"{ratio:.0%} of the base's diversity"
+        reading = (f"mean distance of pixels between a prompt's pictures, {len(both)} prompts "
+                   f"(green from {DIVERSITY[1]:.0%}, red below {DIVERSITY[0]:.0%})")
+        found.append(Signature(name, model, level, number, reading))
+    return found
+
+
+def diversity(runs: Runs, group: tuple[str, float], model: str) -> dict[str, float]:
+    """Prompt id -> root mean square difference, in [0, 1], between its pictures of different sampling seeds."""
+    rows = runs.scores
+    run = rows.loc[(rows["model"] == model) & (rows["prompt_set"] == group[0]), "run"]
+    folder = picture_folder(runs.folders[run.iloc[0]], group, runs.models[model][1]) if len(run) else None
+    if folder is None:
+        return {}
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        found.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    several = [(prompt, paths) for prompt, paths in found.items() if len(paths) > 1][:PROMPTS]
+    return {prompt: _spread(paths) for prompt, paths in several}
+
+
+def _spread(paths: list[Path]) -> float:
+    from PIL import Image
+
+    pictures = []
+    for path in paths:
+        with Image.open(path) as opened:
+            small = opened.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
+            pictures.append(np.asarray(small, np.float64) / 255)
+    # the mean squared difference of all pairs is twice the unbiased variance
+    return float(np.sqrt(2 * np.var(pictures, axis=0, ddof=1).mean()))
+
+
+def _gaming(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[Signature]:
+    """A rewarded metric rises while one that was not rewarded, or the truth, falls."""
+    scores = group_scores(runs, group)
+    if BASE not in scores.models:
+        return []
+    pairs = [("pickscore", "clip"), ("pickscore", "judge/utility")]
+    found = []
+    for up, down in pairs:
+        if up not in scores.metrics or down not in scores.metrics:
+            continue
+        gains = {
+            metric: stats.compare(scores, metric, "mean", BASE, default_protocol(runs)).set_index("model")
+            for metric in (up, down)
+        }
+        for model in trained:
+            if all(model in rows.index for rows in gains.values()):
+                found.append(_gamed(model, up, down, gains[up].loc[model], gains[down].loc[model]))
+    return found
+
+
+def _gamed(model: str, up: str, down: str, rewarded: pd.Series, other: pd.Series) -> Signature:
+    from reports.layouts import metric_title
+
+    names = [metric_title(up), ("judge: " if down.startswith(stats.JUDGE) else "") + metric_title(down)]
+    level, reading = GREEN, f"{names[1]} does not fall while {names[0]} rises"
+    if rewarded["value"] > 0 > other["value"]:
+        clear = rewarded["low"] > 0 and other["high"] < 0
+        level = RED if clear else AMBER
+        reading = f"{names[0]} rises while {names[1]} falls" + ("" if clear else ", not both clear of chance")
+    number = f"{names[0]} {rewarded['value']:+.2g}, {names[1]} {other['value']:+.2g}"
+    return Signature(f"Metric gaming: {names[0]} against {names[1]}", model, level, number, f"{reading} (to base)")
