@@ -30,7 +30,7 @@ lint: $(STAMP)
 # At equal pairs every method is read off after 100, 200 and 300 steps; SFT also where its training FLOPs equal those of
 # one and of three SPIN iterations (8/3 of its images). The search of the learning rates is `python -m bench.search`.
 SEEDS ?= 0 1 2
-SFT_LR ?= 1e-4
+SFT_LR ?= 3e-4
 DPO = lr: 2e-5, beta: 300
 MEASURED := results/measured/mini_comparison.csv
 measure: $(STAMP)
