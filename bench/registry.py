@@ -26,6 +26,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "pickscore_cosine": "metrics.pickscore:PickScoreCosine",
         "hpsv2": "metrics.hpsv2:HPSv2",
         "hpsv21": "metrics.hpsv2:HPSv21",
+        "imagereward": "metrics.imagereward:ImageReward",
         "aesthetic": "metrics.aesthetic:Aesthetic",
         "aesthetic_v1": "metrics.aesthetic:AestheticV1",
         "clip": "metrics.clip:CLIPScore",
