@@ -169,8 +169,8 @@ class ClipBackbone:
         return self.model.get_image_features(self.preprocess(images).to(self.device)).pooler_output
 
     def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer([self._read(prompt) for prompt in prompts], padding=True, truncation=True, max_length=self.max_tokens,
-                                return_tensors="pt").to(self.device)
+        tokens = self.tokenizer([self._read(prompt) for prompt in prompts], padding=True, truncation=True,
+                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
         return self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
 
     @torch.inference_mode()

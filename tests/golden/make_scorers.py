@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -42,25 +43,25 @@ def products(image: torch.Tensor, text: torch.Tensor) -> list[list[float]]:
 
 
 @torch.no_grad()
-def hps(config: dict, full: bool, antialias: bool) -> list[list[float]]:
-    """hpsv2's model, transform and tokenizer, put together as its `score` does."""
-    import functools
-
+def hps(config: dict) -> dict[str, list[list[float]]]:
+    """hpsv2's model, transform and tokenizer, put together as its `score` does; with both kinds of resize."""
     from hpsv2.src.open_clip import get_tokenizer, transform
     from hpsv2.src.open_clip.model import CLIP
-    from torchvision.transforms import functional
 
-    # torchvision before 0.17 resized tensors without antialiasing.
-    transform.F.resize = functools.partial(RESIZE, antialias=antialias)
     preprocess = transform.image_transform(224, is_train=False, resize_longest_max=True)
     model = CLIP(**config, output_dict=True).eval()
     inputs.fill(model.state_dict())
     tokens = get_tokenizer("ViT-H-14")(inputs.PROMPTS)
-    # An image with alpha keeps four channels here, which the model refuses; it is scored as its RGB part.
-    pixels = torch.stack([preprocess(picture.convert("RGB")) for picture in inputs.pictures()])
-    outputs = model(pixels, tokens)
-    functional.resize = RESIZE
-    return products(outputs["image_features"], outputs["text_features"])
+    resize, found = transform.F.resize, {}
+    for name, antialias in (("hpsv2", True), ("hpsv2_no_antialias", False)):
+        # torchvision before 0.17 resized tensors without antialiasing.
+        transform.F.resize = partial(resize, antialias=antialias)
+        # An image with alpha keeps four channels here, which the model refuses; it is scored as its RGB part.
+        pixels = torch.stack([preprocess(picture.convert("RGB")) for picture in inputs.pictures()])
+        outputs = model(pixels, tokens)
+        found[name] = products(outputs["image_features"], outputs["text_features"])
+    transform.F.resize = resize
+    return found
 
 
 @torch.no_grad()
@@ -202,15 +203,7 @@ def vocabularies(work: Path, ids: dict[str, list[list[int]]]) -> dict:
             "bert": {piece: bert.convert_tokens_to_ids(piece) for piece in sorted(pieces)}}
 
 
-def tidy() -> None:
-    gc.collect()
-
-
 def main() -> None:
-    global RESIZE
-    from torchvision.transforms import functional
-
-    RESIZE = functional.resize
     work, full = Path(sys.argv[1]).resolve(), "--full" in sys.argv
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from open_clip import get_model_config
@@ -220,16 +213,16 @@ def main() -> None:
     l14 = large["ViT-L-14"] | {"quick_gelu": True} if full else inputs.SMALL_CLIP_L
     made: dict = {"versions": {name: version(name) for name in PACKAGES}, "full_size": full, "scores": {}}
     scores = made["scores"]
-    jobs = {"hpsv2": lambda: hps(h14, full, True), "hpsv2_no_antialias": lambda: hps(h14, full, False),
-            "clip": lambda: clip(h14)[0], "pickscore": lambda: pickscore(work, h14),
-            "imagereward": lambda: imagereward(work, full)}
-    for name, job in jobs.items():
+    scores |= hps(h14)
+    gc.collect()
+    for name, job in {"clip": lambda: clip(h14)[0], "pickscore": lambda: pickscore(work, h14),
+                      "imagereward": lambda: imagereward(work, full)}.items():
         scores[name] = job()
-        tidy()
-        describe(name, scores[name])
+        gc.collect()
     scores["clip_l14"], embeddings = clip(l14)
-    describe("clip_l14", scores["clip_l14"])
     scores |= heads(embeddings)
+    for name, values in scores.items():
+        describe(name, values)
     made["tokens"] = token_ids(work)
     target = Path(__file__).with_name("scorers_full.json" if full else "scorers.json")
     if not full:
@@ -238,11 +231,11 @@ def main() -> None:
     print(target)
 
 
-def describe(name: str, values: list[list[float]]) -> None:
+def describe(name: str, values: list) -> None:
     """How much scores differ between pictures and between prompts: the worth of the golden."""
     table = torch.tensor(values)
-    print(f"{name}: mean {table.mean():.4f}, spread over pictures {table.std(0).mean():.4f}, "
-          f"over prompts {table.std(1).mean():.4f}", flush=True)
+    prompts = f", over prompts {table.std(1).mean():.4f}" if table.ndim == 2 else ""
+    print(f"{name}: mean {table.mean():.4f}, spread over pictures {table.std(0).mean():.4f}{prompts}")
 
 
 if __name__ == "__main__":
