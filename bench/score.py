@@ -95,7 +95,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     if path.suffix == ".txt":
         return pd.DataFrame({"prompt": [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]})
     readers = {".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), ".parquet": pd.read_parquet,
-               ".jsonl": lambda p: pd.DataFrame([json.loads(line) for line in p.open(encoding="utf-8") if line.strip()])}
+               ".jsonl": _read_jsonl}
     if path.suffix not in readers:
         raise UsageError(f"{path}: prompts are read from .txt, .csv, .jsonl or .parquet files")
     try:
@@ -108,6 +108,12 @@ def _read_table(path: Path) -> pd.DataFrame:
     table = table.rename(columns={column: "prompt"})
     wanted = [name for name in ("file_name", "prompt") if name in table]
     return table[wanted].fillna("").astype(str).apply(lambda values: values.str.strip())
+
+
+def _read_jsonl(path: Path) -> pd.DataFrame:
+    """Without pandas' guesses: a prompt that looks like a number or a date stays as it was written."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
 
 
 # --- scores of before ---

@@ -81,6 +81,7 @@ SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 224, "layers": 3, "w
 SMALL_CLIP_L = {"embed_dim": 48, "quick_gelu": True,
                 "vision_cfg": {"image_size": 224, "layers": 3, "width": 128, "patch_size": 14},
                 "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3}}
+LARGE_VIT = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 SMALL_VIT = {"embed_dim": 128, "depth": 3, "num_heads": 2}
 MED_CONFIG = {"architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
               "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
