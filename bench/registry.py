@@ -23,8 +23,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     "metrics": {
         "pickscore": "metrics.pickscore:PickScore",
+        "pickscore_cosine": "metrics.pickscore:PickScoreCosine",
+        "hpsv2": "metrics.hpsv2:HPSv2",
+        "hpsv21": "metrics.hpsv2:HPSv21",
+        "imagereward": "metrics.imagereward:ImageReward",
         "aesthetic": "metrics.aesthetic:Aesthetic",
+        "aesthetic_v1": "metrics.aesthetic:AestheticV1",
         "clip": "metrics.clip:CLIPScore",
+        "clip_l14": "metrics.clip:CLIPScoreL14",
     },
 }
 

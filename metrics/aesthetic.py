@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from bench.errors import BenchError
 from metrics.base import Images, Metric, check_lengths, find_weights, weights_digest
-from metrics.clip_family import ClipBackbone
+from metrics.clip_family import OPEN_CLIP, ClipBackbone
+from metrics.open_clip_format import VIT_L_14
 
 BACKBONE = "openai/clip-vit-large-patch14"
 """The encoder on whose embeddings the released heads were trained."""
@@ -28,6 +30,10 @@ class Aesthetic(Metric):
 
     name = "aesthetic"
     title = "Aesthetic"
+    version: ClassVar[str] = "LAION aesthetic predictor V2 (MLP)"
+    file: ClassVar[str] = "sac+logos+ava1-l14-linearMSE.pth"
+    bundled: ClassVar[str] = "aesthetic/head.safetensors"
+    source: ClassVar[str] = SOURCE
 
     def __init__(self, backbone: ClipBackbone, head: nn.Module, head_name: str, batch_size: int = 32):
         self.backbone = backbone
@@ -43,12 +49,12 @@ class Aesthetic(Metric):
         backbone: the CLIP checkpoint; by default the miniature's for "mini", else OpenAI's ViT-L/14.
         """
         try:
-            source = Path(find_weights(weights, "aesthetic/head.safetensors"))
+            source = Path(find_weights(cls.file if weights == "official" else weights, cls.bundled))
         except BenchError as error:
-            raise BenchError(f"{error}; the released heads (3.7 MB) are at {SOURCE}") from None
-        head = build_head(read_state(source))
+            raise BenchError(f"{error}; {cls.file} is at {cls.source}") from None
+        head = cls.build(read_state(source))
         encoder = backbone or ("mini" if weights == "mini" else BACKBONE)
-        clip = ClipBackbone.load(encoder, "clip", device)
+        clip = ClipBackbone.load(encoder, "clip", device, BACKBONE, OPEN_CLIP, architecture=VIT_L_14)
         expected, given = head[0].in_features, clip.model.config.projection_dim
         if expected != given:
             raise BenchError(f"the aesthetic head '{weights}' reads embeddings of {expected} numbers, "
@@ -63,12 +69,37 @@ class Aesthetic(Metric):
 
     def info(self) -> dict[str, str]:
         return {
-            "version": "LAION aesthetic predictor V2 (MLP)",
+            "version": self.version,
             "checkpoint": self.checkpoint,
             "scale": "predicted rating, about 1 to 10",
             "preprocessing": self.backbone.describe_preprocessing(),
             "truncates": "nothing (the prompt is not read)",
+            "precision": self.backbone.describe_precision(),
         }
+
+    @staticmethod
+    def build(state: dict[str, Tensor]) -> nn.Sequential:
+        """The head that a state dict describes."""
+        return build_head(state)
+
+
+class AestheticV1(Aesthetic):
+    """LAION's first predictor: one linear layer on the same embeddings. Papers confuse it with V2."""
+
+    name = "aesthetic_v1"
+    title = "Aesthetic V1"
+    version = "LAION aesthetic predictor V1 (linear)"
+    file = "sa_0_4_vit_l_14_linear.pth"
+    bundled = "aesthetic_v1/head.safetensors"
+    source = "https://github.com/LAION-AI/aesthetic-predictor"
+
+    @staticmethod
+    def build(state: dict[str, Tensor]) -> nn.Sequential:
+        weight, bias = state.get("weight"), state.get("bias")
+        if set(state) != {"weight", "bias"} or weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
+            found = ", ".join(f"{key} {tuple(value.shape)}" for key, value in list(state.items())[:3])
+            raise BenchError(f"not the linear aesthetic head: expected weight [1, D] and bias [1], found {found}")
+        return build_head({"layers.0.weight": weight, "layers.0.bias": bias})
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -95,10 +126,7 @@ def head_layers(sizes: Sequence[int]) -> nn.Sequential:
 
 def build_head(state: dict[str, Tensor]) -> nn.Sequential:
     """The filled MLP that a state dict with keys `layers.<i>.weight` and `layers.<i>.bias` describes."""
-    weights = {int(match[1]): value for key, value in state.items()
-               if (match := re.fullmatch(r"layers\.(\d+)\.weight", key)) and value.ndim == 2}
-    order = [weights[index] for index in sorted(weights)]
-    sizes = [order[0].shape[1], *(weight.shape[0] for weight in order)] if order else [0]
+    sizes = head_sizes(state)
     head = head_layers(sizes)
     try:
         head.load_state_dict({key.removeprefix("layers."): value.float() for key, value in state.items()})
@@ -107,6 +135,14 @@ def build_head(state: dict[str, Tensor]) -> nn.Sequential:
     if sizes[-1] != 1:
         raise BenchError(_not_a_head(state))
     return head
+
+
+def head_sizes(state: dict[str, Tensor]) -> list[int]:
+    """Width of the input and of every layer of such a state dict; [0] when it has no layers."""
+    weights = {int(match[1]): value for key, value in state.items()
+               if (match := re.fullmatch(r"layers\.(\d+)\.weight", key)) and value.ndim == 2}
+    order = [weights[index] for index in sorted(weights)]
+    return [order[0].shape[1], *(weight.shape[0] for weight in order)] if order else [0]
 
 
 def _not_a_head(state: dict[str, Tensor]) -> str:

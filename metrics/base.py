@@ -7,7 +7,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -18,11 +18,19 @@ from bench.errors import BenchError
 MINI_WEIGHTS = Path(__file__).resolve().parent.parent / "bench" / "mini" / "weights"
 """Where the bundled miniature scorers live."""
 
-FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
+FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 """What tells a missing file from a repository on the hub: both may look like `name/name`."""
 
 Images = Sequence[Image.Image] | np.ndarray
 """PIL images of any size and mode, or one uint8 array [N, H, W, 3]."""
+
+
+class Published(NamedTuple):
+    """A checkpoint as its authors published it: a file of a repository on the hub, or (without) all of it."""
+
+    repository: str
+    file: str | None
+    size: str
 
 
 class Metric(ABC):
@@ -32,11 +40,13 @@ class Metric(ABC):
     """The name in suites, tables and on the command line."""
     title: ClassVar[str]
     """The name shown to people."""
+    published: ClassVar[Published | None] = None
+    """What `weights="official"` stands for."""
 
     @classmethod
     @abstractmethod
     def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> Metric:
-        """Load the model once. `weights` is "mini" (bundled), a path, or a Hugging Face repository."""
+        """Load the model once. `weights`: "mini" (bundled), "official", a path or a Hugging Face repository."""
 
     @abstractmethod
     def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
@@ -44,7 +54,11 @@ class Metric(ABC):
 
     @abstractmethod
     def info(self) -> dict[str, str]:
-        """What makes two scores comparable: version, checkpoint, scale, preprocessing, truncates."""
+        """What makes two scores comparable: version, checkpoint, scale, preprocessing, truncates, precision."""
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of these prompts lose their end before they are read."""
+        return 0
 
 
 def check_lengths(images: Images, prompts: Sequence[str]) -> None:
@@ -53,25 +67,35 @@ def check_lengths(images: Images, prompts: Sequence[str]) -> None:
         raise BenchError(f"{len(images)} images but {len(prompts)} prompts; every image needs one")
 
 
+def to_pil(image: Image.Image | np.ndarray) -> Image.Image:
+    """One image as PIL knows it, in the mode it came in."""
+    if isinstance(image, Image.Image):
+        return image
+    if image.dtype != np.uint8:
+        raise BenchError(f"images must be uint8 [N, H, W, 3], got {image.dtype} values")
+    return Image.fromarray(image)
+
+
 def to_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     """One image as 8-bit RGB; an alpha channel is dropped, not blended.
 
     The scorers were trained and published with PIL's own conversion. transformers 5 blends alpha onto white,
     which changes scores, so images are converted here before its image processor sees them.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise BenchError(f"images must be uint8 [N, H, W, 3], got {image.dtype} values")
-        image = Image.fromarray(image)
-    return image.convert("RGB")
+    return to_pil(image).convert("RGB")
 
 
-def find_weights(weights: str, bundled: str) -> str:
+def find_weights(weights: str, bundled: str, published: Published | None = None) -> str:
     """Turn the name of a checkpoint into what a loader opens: an existing path, or a repository on the hub.
 
     Looked up in this order: "mini" (the bundled folder `bundled`), a path, `$BENCH_WEIGHTS/<weights>`,
-    `$BENCH_WEIGHTS/<last part of weights>`; what is in none of them must look like `owner/name`.
+    `$BENCH_WEIGHTS/<last part of weights>`, the Hugging Face cache, a download. "official" is what `published`
+    names; what is in none of the folders must be that, or look like `owner/name`.
     """
+    if weights == "official":
+        if published is None:
+            raise BenchError("weights 'official' are not published as a file that can be fetched; name a path")
+        weights = published.file or published.repository
     if weights == "mini":
         candidates = [MINI_WEIGHTS / bundled]
         fix = "restore bench/mini/weights from the repository, or rebuild it with `python -m bench.mini`"
@@ -79,14 +103,30 @@ def find_weights(weights: str, bundled: str) -> str:
         candidates = [Path(weights).expanduser()]
         if os.environ.get("BENCH_WEIGHTS"):
             root = Path(os.environ["BENCH_WEIGHTS"]).expanduser()
-            candidates += [root / weights, root / Path(weights).name]
+            candidates += dict.fromkeys([root / weights, root / Path(weights).name])
         fix = "download it and name its path, or put it into the folder that BENCH_WEIGHTS names"
     for candidate in candidates:
         if candidate.exists():
             return str(candidate.resolve())
+    if published is not None and weights == published.file:
+        return _from_hub(published, candidates)
     if weights.count("/") == 1 and weights[0] not in "./~" and Path(weights).suffix not in FILE_SUFFIXES:
         return weights
     raise BenchError(f"weights '{weights}' not found; looked at {', '.join(map(str, candidates))}; {fix}")
+
+
+def _from_hub(published: Published, candidates: Sequence[Path]) -> str:
+    """The file in the Hugging Face cache, downloaded if need be."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(published.repository, published.file)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BenchError(
+            f"{published.file} ({published.size}) not found: looked at {', '.join(map(str, candidates))}, the "
+            f"Hugging Face cache and online; download it from {published.repository} and put it into the folder "
+            f"that BENCH_WEIGHTS names ({cause})") from error
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -19,9 +20,28 @@ from transformers.image_utils import PILImageResampling
 
 from bench.errors import BenchError
 from bench.progress import track
-from metrics.base import Images, find_weights, to_rgb, weights_digest
+from metrics import open_clip_format
+from metrics.base import FILE_SUFFIXES, Images, Published, find_weights, to_rgb, weights_digest
+from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide
 
-_loaded: WeakValueDictionary[tuple[str, str, str], ClipBackbone] = WeakValueDictionary()
+H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Holds the tokenizer and image settings of every scorer that was tuned from it: PickScore and HPS v2."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Whose way of reading images and prompts: "transformers", "open_clip" or "hpsv2" (see metrics.pixels).
+
+    antialias: of the resize of "hpsv2" alone; the other two resize with PIL, which always does.
+    """
+
+    style: str = "transformers"
+    antialias: bool = True
+
+
+TRANSFORMERS, OPEN_CLIP = Reading(), Reading("open_clip")
+
+_loaded: WeakValueDictionary[tuple[str, str, str, Reading], ClipBackbone] = WeakValueDictionary()
 _shared: dict[tuple[int, int], tuple[Images, Tensor]] | None = None
 
 
@@ -39,33 +59,48 @@ def shared_embeddings() -> Iterator[None]:
 class ClipBackbone:
     """A CLIP image and text encoder with its preprocessing; embeddings are L2-normalised fp32 [N, D]."""
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
-                 checkpoint: str, device: str = "cpu"):
+    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None,
+                 checkpoint: str, device: str = "cpu", reading: Reading = TRANSFORMERS):
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.processor = processor
         self.device = device
+        self.reading = reading
         self.max_tokens = model.config.text_config.max_position_embeddings
         self.checkpoint = f"{checkpoint} ({weights_digest(model)})"
+        mean, std = (processor.image_mean, processor.image_std) if processor else (CLIP_MEAN, CLIP_STD)
+        size, mean, std = model.config.vision_config.image_size, tuple(mean), tuple(std)
+        self.pixels = {"transformers": None, "open_clip": ShortestSide(size, mean, std),
+                       "hpsv2": LongestSide(size, reading.antialias, mean, std)}[reading.style]
 
     @classmethod
-    def load(cls, weights: str, bundled: str, device: str = "cpu",
-             processor: str | None = None) -> ClipBackbone:
-        """Load a folder or repository in transformers' CLIPModel format, or return it if it is loaded.
+    def load(cls, weights: str, bundled: str, device: str = "cpu", processor: str | None = None,
+             reading: Reading = TRANSFORMERS, published: Published | None = None,
+             architecture: dict | None = None) -> ClipBackbone:
+        """Load a folder or repository in transformers' CLIPModel format, or a file in open_clip's; once.
 
-        weights, bundled: see `find_weights`.
+        weights, bundled, published: see `find_weights`.
         processor: where tokenizer and image settings are for a checkpoint that does not hold them itself.
+        architecture: of an open_clip file that has no `open_clip_config.json` beside it.
         """
-        source = find_weights(weights, bundled)
-        complete = Path(source, "preprocessor_config.json").exists()
-        settings = source if complete or processor is None else find_weights(processor, bundled)
-        key = (source, settings, device)
+        source = find_weights(weights, bundled, published)
+        folder = source if not source.endswith(FILE_SUFFIXES) else str(Path(source).parent)
+        complete = any(Path(folder, name).exists() for name in ("tokenizer.json", "vocab.json"))
+        settings = folder if complete or processor is None else find_weights(processor, bundled)
+        key = (source, settings, device, reading)
         if (known := _loaded.get(key)) is not None:
             return known
-        # Asked for explicitly: a checkpoint stored in half precision would otherwise also be run in it.
-        model = _open(CLIPModel, source, dtype=torch.float32, output_loading_info=True)
         tokenizer = _open(CLIPTokenizer, settings)
-        backbone = cls(model, tokenizer, _open(CLIPImageProcessorPil, settings), weights, device)
+        if source.endswith(FILE_SUFFIXES):
+            described = open_clip_format.architecture(Path(source), architecture or open_clip_format.VIT_H_14)
+            model, images = open_clip_format.load_model(Path(source), described, tokenizer.eos_token_id), None
+            weights = Path(source).name if weights != "mini" else weights
+        else:
+            # Asked for explicitly: a checkpoint stored in half precision would otherwise also be run in it.
+            model = _open(CLIPModel, source, dtype=torch.float32, output_loading_info=True)
+            images = _open(CLIPImageProcessorPil, settings)
+            weights = source if weights == "official" else weights
+        backbone = cls(model, tokenizer, images, weights, device, reading)
         _loaded[key] = backbone
         return backbone
 
@@ -98,10 +133,14 @@ class ClipBackbone:
 
     def preprocess(self, images: Images) -> Tensor:
         """Pixels as the image encoder sees them: fp32 [N, 3, S, S]."""
+        if self.pixels is not None:
+            return self.pixels(images)
         return self.processor(images=[to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
 
     def describe_preprocessing(self) -> str:
         """The image preprocessing in words, for the protocol."""
+        if self.pixels is not None:
+            return self.pixels.describe()
         given = self.processor
         size = ", ".join(f"{name} {value}" for name, value in dict(given.size).items() if value is not None)
         crop = dict(given.crop_size)
@@ -114,12 +153,24 @@ class ClipBackbone:
         """What is cut off a long prompt, for the protocol."""
         return f"prompts after {self.max_tokens} tokens"
 
+    def describe_precision(self) -> str:
+        """In what precision the encoders run, for the protocol."""
+        return "bf16 autocast" if torch.device(self.device).type == "cuda" else "fp32"
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of these prompts are longer than the text encoder reads."""
+        lengths = {prompt: len(self.tokenizer(self._read(prompt)).input_ids) for prompt in set(prompts)}
+        return sum(lengths[prompt] > self.max_tokens for prompt in prompts)
+
+    def _read(self, prompt: str) -> str:
+        return prompt if self.reading.style == "transformers" else open_clip_format.clean(prompt)
+
     def _encode_images(self, images: Images) -> Tensor:
         return self.model.get_image_features(self.preprocess(images).to(self.device)).pooler_output
 
     def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self.max_tokens,
-                                return_tensors="pt").to(self.device)
+        tokens = self.tokenizer([self._read(prompt) for prompt in prompts], padding=True, truncation=True,
+                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
         return self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
 
     @torch.inference_mode()
@@ -129,7 +180,9 @@ class ClipBackbone:
         with track(None, description, total=len(items), unit=unit) as bar:
             for start in range(0, len(items), size):
                 batch = items[start:start + size]
-                parts.append(normalize(encode(batch).float(), dim=-1).cpu())
+                with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda"):
+                    encoded = encode(batch)
+                parts.append(normalize(encoded.float(), dim=-1).cpu())
                 bar.update(len(batch))
         return torch.cat(parts)
 

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metrics.base import Images, Metric, check_lengths
-from metrics.clip_family import ClipBackbone
-
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Holds the tokenizer and image settings of `yuvalkirstain/PickScore_v1`, which was tuned from it."""
+from metrics.base import Images, Metric, Published, check_lengths
+from metrics.clip_family import H14_REPOSITORY, ClipBackbone
 
 
 class PickScore(Metric):
@@ -18,6 +15,7 @@ class PickScore(Metric):
 
     name = "pickscore"
     title = "PickScore"
+    published = Published("yuvalkirstain/PickScore_v1", None, "3.9 GB")
 
     def __init__(self, backbone: ClipBackbone, batch_size: int = 32):
         self.backbone = backbone
@@ -25,18 +23,36 @@ class PickScore(Metric):
 
     @classmethod
     def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> PickScore:
-        return cls(ClipBackbone.load(weights, "pickscore", device, PROCESSOR), batch_size)
+        backbone = ClipBackbone.load(weights, "pickscore", device, H14_REPOSITORY, published=cls.published)
+        return cls(backbone, batch_size)
+
+    @property
+    def factor(self) -> float:
+        """By what the cosine is multiplied."""
+        return self.backbone.logit_scale
 
     def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
         check_lengths(images, prompts)
         cosine = self.backbone.cosine(images, prompts, self.batch_size)
-        return (self.backbone.logit_scale * cosine).numpy()
+        return (self.factor * cosine).numpy()
 
     def info(self) -> dict[str, str]:
         return {
             "version": "PickScore v1",
             "checkpoint": self.backbone.checkpoint,
-            "scale": f"cosine times {self.backbone.logit_scale:.4g}",
+            "scale": f"cosine times {self.factor:.6g}",
             "preprocessing": self.backbone.describe_preprocessing(),
             "truncates": self.backbone.describe_truncation(),
+            "precision": self.backbone.describe_precision(),
         }
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        return self.backbone.count_truncated(prompts)
+
+
+class PickScoreCosine(PickScore):
+    """The cosine alone (about 0.21), as the evaluation code of Diffusion-DPO and its descendants reports it."""
+
+    name = "pickscore_cosine"
+    title = "PickScore cosine"
+    factor = 1.0

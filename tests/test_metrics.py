@@ -20,8 +20,8 @@ from bench.errors import BenchError
 from metrics.aesthetic import Aesthetic, build_head, read_state
 from metrics.base import MINI_WEIGHTS, to_rgb
 from metrics.clip import CLIPScore
-from metrics.clip_family import ClipBackbone, shared_embeddings
-from metrics.pickscore import PROCESSOR, PickScore
+from metrics.clip_family import H14_REPOSITORY, ClipBackbone, shared_embeddings
+from metrics.pickscore import PickScore, PickScoreCosine
 
 SIDE = 16
 PROMPTS = ["a red cat", "at", "a red cat", "", "naïve 猫 " + 40 * "cat "]
@@ -77,25 +77,30 @@ def images() -> list[Image.Image]:
     return made
 
 
-def reference_pixels(image: Image.Image) -> np.ndarray:
-    """CLIP's preprocessing from its description: shorter side to SIDE (bicubic), centre crop, normalise."""
+def reference_pixels(image: Image.Image, rgb_first: bool = True) -> np.ndarray:
+    """CLIP's preprocessing from its description: shorter side to SIDE (bicubic), centre crop, normalise.
+
+    transformers makes an image RGB before it is resized (rgb_first), CLIP's own code afterwards.
+    """
     width, height = image.size
     short = min(width, height)
     size = (int(SIDE * width / short), int(SIDE * height / short))
-    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float64)
+    image = image.convert("RGB") if rgb_first else image
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"), np.float64)
     top, left = (pixels.shape[0] - SIDE) // 2, (pixels.shape[1] - SIDE) // 2
     crop = pixels[top:top + SIDE, left:left + SIDE] / 255
     return ((crop - MEAN) / STD).transpose(2, 0, 1)
 
 
-def reference_cosine(folder: Path, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+def reference_cosine(folder: Path, images: list[Image.Image], prompts: list[str],
+                     rgb_first: bool = True) -> np.ndarray:
     """One image and one prompt at a time through transformers' own forward."""
     model = CLIPModel.from_pretrained(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     out = []
     for image, prompt in zip(images, prompts, strict=True):
         tokens = tokenizer([prompt], truncation=True, max_length=12, return_tensors="pt")
-        pixels = torch.from_numpy(reference_pixels(image)).float()[None]
+        pixels = torch.from_numpy(reference_pixels(image, rgb_first)).float()[None]
         with torch.no_grad():
             logit = model(pixel_values=pixels, **tokens).logits_per_image.item()
         out.append(logit / model.logit_scale.exp().item())
@@ -114,14 +119,18 @@ def test_alpha_is_dropped_not_blended():
 
 
 def test_clip_and_pickscore_match_one_at_a_time(clip_folder, images):
-    expected = reference_cosine(clip_folder, images, PROMPTS)
+    expected = reference_cosine(clip_folder, images, PROMPTS, rgb_first=False)
     assert np.ptp(expected) > 0.1  # else agreement would prove nothing
     clip = CLIPScore.load(str(clip_folder), batch_size=2).score(images, PROMPTS)
     assert clip.dtype == np.float32 and clip.shape == (5,)
     np.testing.assert_allclose(clip, expected, rtol=1e-4, atol=1e-6)
+    expected = reference_cosine(clip_folder, images, PROMPTS)
     pickscore = PickScore.load(str(clip_folder)).score(images, PROMPTS)
     scale = CLIPModel.from_pretrained(clip_folder).logit_scale.exp().item()
     np.testing.assert_allclose(pickscore, scale * expected, rtol=1e-4, atol=1e-5)
+    cosine = PickScoreCosine.load(str(clip_folder))
+    np.testing.assert_allclose(cosine.score(images, PROMPTS), expected, rtol=1e-4, atol=1e-6)
+    assert cosine.info()["scale"] == "cosine times 1"
 
 
 def test_arrays_and_pil_images_score_alike(clip_folder):
@@ -186,7 +195,7 @@ def test_aesthetic_reads_the_normalised_embedding(clip_folder, images, tmp_path)
     state = make_head(tmp_path / "head.pth")
     score = Aesthetic.load(str(tmp_path / "head.pth"), backbone=str(clip_folder)).score(images, PROMPTS)
     model = CLIPModel.from_pretrained(clip_folder)
-    pixels = torch.from_numpy(np.stack([reference_pixels(image) for image in images])).float()
+    pixels = torch.from_numpy(np.stack([reference_pixels(image, rgb_first=False) for image in images])).float()
     with torch.no_grad():
         x = model.get_image_features(pixels).pooler_output
     x = x / x.norm(dim=1, keepdim=True)
@@ -216,7 +225,7 @@ def test_half_precision_checkpoints_run_in_fp32(tmp_path):
 
 def test_weights_are_found_through_bench_weights(clip_folder, images, tmp_path, monkeypatch):
     """A PickScore folder without tokenizer and image settings takes them from the CLIP it was tuned from."""
-    bare, settings = tmp_path / "yuvalkirstain" / "PickScore_v1", tmp_path / PROCESSOR
+    bare, settings = tmp_path / "yuvalkirstain" / "PickScore_v1", tmp_path / H14_REPOSITORY
     shutil.copytree(clip_folder, settings)
     (settings / "model.safetensors").unlink()
     bare.mkdir(parents=True)
@@ -232,7 +241,7 @@ def test_info_names_what_makes_scores_comparable(clip_folder, tmp_path):
     loaded = [CLIPScore.load(str(clip_folder)), PickScore.load(str(clip_folder)),
               Aesthetic.load(str(tmp_path / "head.pth"), backbone=str(clip_folder))]
     for metric in loaded:
-        assert set(metric.info()) == {"version", "checkpoint", "scale", "preprocessing", "truncates"}
+        assert set(metric.info()) == {"version", "checkpoint", "scale", "preprocessing", "truncates", "precision"}
         assert "bicubic" in metric.info()["preprocessing"]
     assert loaded[0].info()["truncates"] == "prompts after 12 tokens"
     other = CLIPScore.load(str(make_clip(tmp_path / "other", seed=9)))
@@ -247,6 +256,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_missing_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # its client waits minutes for a network
     with pytest.raises(BenchError) as error:
         CLIPScore.load("./nowhere/clip")
     assert "./nowhere/clip" in one_line(error) and str(tmp_path) in one_line(error)
