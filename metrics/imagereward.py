@@ -31,13 +31,10 @@ POSITIONS = "blip.text_encoder.embeddings.position_ids"
 class Network(nn.Module):
     """The published model; parameters carry the names they have in ImageReward.pt."""
 
-    def __init__(self, state: dict[str, Tensor], config: blip.TextConfig):
+    def __init__(self, image: blip.ImageEncoder, text: blip.TextEncoder, head: nn.Sequential):
         super().__init__()
-        head = {name.removeprefix("mlp."): value for name, value in state.items() if name.startswith("mlp.")}
-        self.blip = nn.ModuleDict({
-            "visual_encoder": blip.image_encoder(state, "blip.visual_encoder."),
-            "text_encoder": blip.text_encoder(state, "blip.text_encoder.", config)})
-        self.mlp = nn.ModuleDict({"layers": head_layers(head_sizes(head))})
+        self.blip = nn.ModuleDict({"visual_encoder": image, "text_encoder": text})
+        self.mlp = nn.ModuleDict({"layers": head})
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Rewards [B] for image vectors [B, 1 + P, D] and tokens [B, L]: (mlp(first text vector) - mean) / std."""
@@ -126,7 +123,9 @@ def build(state: dict[str, Tensor], config: blip.TextConfig) -> Network:
              if name != POSITIONS and not name.startswith(UNUSED)}
     try:
         with torch.device("meta"):  # no time and memory for initial weights that are replaced
-            network = Network(state, config)
+            head = {name.removeprefix("mlp."): value for name, value in state.items() if name.startswith("mlp.")}
+            network = Network(blip.image_encoder(state, "blip.visual_encoder."),
+                              blip.text_encoder(state, "blip.text_encoder.", config), head_layers(head_sizes(head)))
         network.load_state_dict(state, strict=True, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]

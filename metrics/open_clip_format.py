@@ -140,6 +140,28 @@ def _block(match: re.Match, value: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}.{IN_BLOCKS.get(part, part)}.{kind}": value}
 
 
+def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_transformers`, for saving in open_clip's format."""
+    renamed = {theirs: ours for ours, theirs in RENAMED.items()}
+    transposed = {theirs: ours for ours, theirs in TRANSPOSED.items()}
+    in_blocks = {theirs: ours for ours, theirs in IN_BLOCKS.items()}
+    mapped = {}
+    for name, value in state.items():
+        if name in transposed:
+            mapped[transposed[name]] = value.T.contiguous()
+        elif match := re.fullmatch(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            tower, index, part, kind = match.groups()
+            prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{index}"
+            if part in in_blocks:
+                mapped[f"{prefix}.{in_blocks[part]}.{kind}"] = value
+            elif part == "self_attn.q_proj":
+                stacked = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                mapped[f"{prefix}.attn.in_proj_{kind}"] = torch.cat(stacked)
+        else:
+            mapped[renamed[name]] = value
+    return mapped
+
+
 def clean(prompt: str) -> str:
     """A prompt as open_clip's tokenizer reads it: HTML entities, curly quotes, ligatures and full-width letters
     in their plain form. (Of ftfy, which open_clip calls, only the repair of wrongly decoded text is left out.)

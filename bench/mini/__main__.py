@@ -1,7 +1,7 @@
 """`python -m bench.mini` trains every network of the embedded default from nothing and puts it into the package.
 
-Stages in order: vae, denoiser, judge, samples, clip, pickscore, aesthetic. Each is skipped when its result is there
-for the same settings, and goes on from its checkpoint when it was killed.
+Stages in order: vae, denoiser, judge, samples, clip, pickscore, aesthetic, hpsv2, imagereward. Each is skipped when
+its result is there for the same settings, and goes on from its checkpoint when it was killed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from bench.cache import encode_images
 from bench.data import drawings, load_prompts
-from bench.mini import denoiser, scorers, vae
+from bench.mini import denoiser, rankers, scorers, vae
 from bench.mini.judge import Judge, train_judge
 from bench.mini.pools import Pool, rendered
 from bench.mini.text import build_tokenizer
@@ -35,9 +35,12 @@ PLAN: dict[str, dict[str, Any]] = {
     "clip": {"steps": 2500, "pool": 24_000},
     "pickscore": {"steps": 1500, "pairs": 10_000},
     "aesthetic": {"steps": 3000, "pool": 12_000},
+    "hpsv2": {"steps": 1500, "rankings": 5000},
+    "imagereward": {"steps": 3000, "pairs": 10_000},
 }
 NEEDS = {"vae": (), "denoiser": ("vae",), "judge": ("vae",), "samples": ("denoiser", "judge"), "clip": ("vae",),
-         "pickscore": ("clip", "samples"), "aesthetic": ("clip", "samples")}
+         "pickscore": ("clip", "samples"), "aesthetic": ("clip", "samples"),
+         "hpsv2": ("clip", "samples"), "imagereward": ("clip", "samples")}
 
 
 @dataclass
@@ -127,9 +130,19 @@ class Builder:
                                 roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
                                 **PLAN["aesthetic"])
 
+    def hpsv2(self, folder: Path) -> None:
+        rankers.train_hpsv2(folder, self.checkpoint("hpsv2"), self.stage("clip").directory, seed=SEED,
+                            roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
+                            **PLAN["hpsv2"])
+
+    def imagereward(self, folder: Path) -> None:
+        rankers.train_imagereward(folder, self.checkpoint("imagereward"), self.stage("clip").directory, seed=SEED,
+                                  roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
+                                  **PLAN["imagereward"])
+
     def install(self) -> None:
         """Copy what is finished to where the package looks for it."""
-        for name in ("denoiser", "judge", "clip", "pickscore", "aesthetic"):
+        for name in ("denoiser", "judge", "clip", "pickscore", "aesthetic", "hpsv2", "imagereward"):
             stage = self.stage(name)
             if stage.done:
                 target = self.out / {"denoiser": "pipeline"}.get(name, name)
