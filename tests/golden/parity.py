@@ -2,7 +2,7 @@
 
     python tests/golden/parity.py WORK [--full]
 
-Run in the project's environment from its root, after make_scorers.py in the official one. WORK is a folder for
+Run in the project's environment, after make_scorers.py in the official one. WORK is a folder for
 checkpoints; with --full they have the published sizes (4 GB each, one at a time). Rows of the other size are kept.
 """
 
@@ -31,7 +31,7 @@ from metrics.imagereward import ImageReward
 from metrics.open_clip_format import VIT_H_14, VIT_L_14
 from metrics.pickscore import PickScore
 
-TARGET = Path("results/measured/scorer_parity.csv")
+TARGET = Path(__file__).parents[2] / "results" / "measured" / "scorer_parity.csv"
 OFFICIAL = {"hpsv2": "hpsv2", "hpsv2_no_antialias": "hpsv2", "clip": "open-clip-torch", "clip_l14": "open-clip-torch",
             "pickscore": "transformers", "imagereward": "image-reward"}
 HEADS = "LAION's layers on open-clip-torch"
