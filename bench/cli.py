@@ -167,7 +167,8 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--paper", type=int, metavar="N", help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its "
               "layout, published values beside the measured ones.")
-@click.option("--stat", default="mean", show_default=True, help="mean, median or winrate.")
+@click.option("--stat", default="mean", show_default=True, help="mean, median, winrate, or agreement: rank "
+              "correlations of the metrics with each other and with the exact judge.")
 @click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
               "the table, or METHOD[:ITERATION].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
@@ -183,8 +184,9 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
 
     Runs are those of results/runs; intervals are 95 %, bootstrapped and paired over prompts.
     """
-    from reports import load, tables
+    from reports import agreement, load, stats, tables
 
+    tables.one_of(stat, (*stats.STATS, agreement.STAT), "--stat")
     runs = load.load_runs([Path(name) for name in names] or None)
     if paper is not None:
         _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
@@ -194,6 +196,12 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
         click.echo(shown.rstrip("\n"))
         return
     chosen = metrics.split(",") if metrics else None
+    if stat == agreement.STAT:
+        if against:
+            raise UsageError("--against does not go with --stat agreement: it compares metrics, not models")
+        tidy = agreement.table(runs, prompt_set, guidance, chosen, protocol)
+        click.echo(agreement.render(tidy, layout).rstrip("\n"))
+        return
     tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
     click.echo(tables.render(tidy, layout).rstrip("\n"))
 
