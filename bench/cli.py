@@ -254,6 +254,7 @@ def score(images: Path, prompts: Path | None, metrics: str | None, weights: str 
                                            runs.CACHE / "scores.sqlite")
     if beside:
         protocol["official"] = official.compare(images, table, names, options, device, official_python)
+    click.echo(scoring.truncation(protocol), err=True)
     if output:
         scoring.write(table, protocol, output)
     if layout == "json":

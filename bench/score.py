@@ -294,6 +294,13 @@ def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
     atomic_write(path, sink.getvalue())
 
 
+def truncation(protocol: Mapping[str, Any]) -> str:
+    """How many of the scored prompts each scorer read the beginning of only: "imagereward 40 (after 35 tokens)"."""
+    cut = [f"{name} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
+           for name, info in protocol["metrics"].items() if info["truncated_prompts"]]
+    return f"prompts truncated, of {protocol['scored']}: {', '.join(cut) if cut else 'none by any scorer'}"
+
+
 def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """Means and what was cut, then every problem on a line of its own."""
     lines = [f"{protocol['scored']} of {len(table)} images scored"]
