@@ -9,6 +9,7 @@ checkpoints; with --full they have the published sizes (4 GB each, one at a time
 from __future__ import annotations
 
 import csv
+import io
 import json
 import resource
 import shutil
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import inputs
 from checkpoints import grid, save_heads, save_imagereward, save_open_clip, save_pickscore
 
+from bench.stages import atomic_write
 from metrics.aesthetic import Aesthetic, AestheticV1
 from metrics.base import Metric
 from metrics.clip import CLIPScore, CLIPScoreL14
@@ -88,11 +90,12 @@ def main() -> None:
     if TARGET.exists():
         with TARGET.open() as handle:
             kept = [row for row in csv.DictReader(handle) if row["size"] != size]
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    with TARGET.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, *kept] if full else [*kept, *rows])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, *kept] if full else [*kept, *rows])
+    atomic_write(TARGET, text.getvalue())
+    print(TARGET)
 
 
 if __name__ == "__main__":
