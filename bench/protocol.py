@@ -7,16 +7,16 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from bench import __version__, registry
+from bench import registry
 from bench.errors import BenchError
 from bench.runs import Run
 from bench.shared import Shared
 from bench.stages import atomic_write
+from bench.versions import versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
 
@@ -45,7 +45,7 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "judge": shared.judge_info(),
         "prompt_sets": {name: {"source": prompts.name, "count": len(prompts)}
                         for name, prompts in shared.prompt_sets.items()},
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "git_commit": git_commit(),
         "created": created,
     }
@@ -74,17 +74,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {"bench": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:

@@ -43,6 +43,7 @@ class Runs:
     models: dict[str, tuple[str, int]]
     problems: list[str] = field(default_factory=list)
     arrays: dict = field(default_factory=dict, repr=False)  # scores by setting, kept by tables.group_scores
+    agreements: dict = field(default_factory=dict, repr=False)  # kept by agreement.setting
 
     @property
     def protocol(self) -> dict:
