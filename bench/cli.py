@@ -112,7 +112,8 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
     from bench.experiment import Interrupted, execute
     from bench.shared import Shared
 
-    shared = Shared(suite)
+    methods = [plan["method"] if isinstance(plan, dict) else plan.method for plan in plans]
+    shared = Shared(suite, methods)
     finished = []
     for position, plan in enumerate(plans):
         current = runs.create(**plan) if isinstance(plan, dict) else plan

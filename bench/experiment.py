@@ -100,7 +100,7 @@ class Experiment:
         planned = self.schedule[iteration - 1]
         earlier = sum(settings.steps for settings in self.schedule[:iteration - 1])
         return TrainSettings(steps=planned.steps, lr=planned.lr, first_step=earlier,
-                             **self.suite.train.model_dump())
+                             **self.suite.training(self.run.method).model_dump())
 
     def opponent(self, iteration: int, reference: Weights) -> Stage:
         """Let the reference make a loser for every pair this iteration will see; kept as latents."""

@@ -13,6 +13,7 @@ import torch
 
 from bench import registry
 from bench.errors import BenchError
+from bench.random_weights import REMARK, is_random
 from bench.runs import Run
 from bench.shared import Shared
 from bench.stages import atomic_write
@@ -26,6 +27,8 @@ def write_protocol(run: Run, shared: Shared) -> None:
     path = run.folder / "protocol.json"
     model = {**run.suite.model.model_dump(), "fingerprint": shared.base.key,
              "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
+    if is_random(run.suite.model.weights):
+        model["remark"] = REMARK
     created = datetime.now().isoformat(timespec="seconds")
     if path.exists():
         before = json.loads(path.read_text())
@@ -41,6 +44,7 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "seed": run.seed,
         "iterations": run.iterations,
         "model": model,
+        "data": shared.pairs.record(),
         "metrics": shared.scorers.info(),
         "judge": shared.judge_info(),
         "prompt_sets": {name: {"source": prompts.name, "count": len(prompts)}

@@ -20,6 +20,7 @@ METHOD_ORDER = (BASE, "sft", "diffusion_dpo", "spin")
 INCIDENTAL = {
     "train.micro_batch",
     "train.log_every",
+    "data.batch_size",
     "opponent.batch_size",
     "evaluation.batch_size",
     "evaluation.protocol",

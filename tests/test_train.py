@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tiny import make_unet
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
-from bench.batches import TrainData, draw, micro_batches, sample_order
+from bench.batches import TrainData, draw, flips, micro_batches, sample_order
 from bench.errors import BenchError, UsageError
 from bench.models import load_unet, save_unet
 from bench.train import TrainSettings, predicted_noise, train
@@ -307,3 +307,36 @@ def test_draws_are_spread_as_they_should_be():
     assert abs(draws.noise.std() - 1) < 0.01 and math.isclose(draws.noise.mean(), 0, abs_tol=0.02)
     assert not draw(0, 0, np.arange(50), (1,), 10, 0.0).dropped.any()
     assert draw(0, 0, np.arange(50), (1,), 10, 1.0).dropped.all()
+
+
+def test_flips_mirror_winner_and_loser_together_and_depend_on_seed_step_and_sample_alone(data):
+    """Stored as is and mirrored, here marked 0 and 1, a batch must take the same side of both halves."""
+    marked = np.broadcast_to(np.arange(2.0).reshape(1, 2, 1, 1, 1), (10, 2, 4, 8, 8)).astype(np.float16)
+    both = replace(data, winners=marked, losers=marked)
+    samples = np.arange(10)
+
+    def sides(seed: int, step: int, samples: np.ndarray = samples) -> np.ndarray:
+        return both.latents(samples, True, seed, step)[:, 0, 0, 0]
+
+    chosen = np.array([sides(0, step) for step in range(40)])
+    assert chosen.dtype == np.float32
+    np.testing.assert_array_equal(chosen[:, :10], chosen[:, 10:])
+    np.testing.assert_array_equal(sides(0, 3)[:10], flips(0, 3, samples))
+    np.testing.assert_array_equal(sides(0, 3, samples[[7, 2]])[:2], chosen[3, [7, 2]])
+    assert 0.4 < chosen.mean() < 0.6 and len(np.unique(chosen[:, :10], axis=0)) > 30
+    assert not np.array_equal(sides(1, 3), sides(0, 3))
+
+
+def test_training_on_stored_rows_equals_training_on_arrays(base, data, accelerator):
+    """Rows in several shards, as the cache keeps them, are the same data."""
+    import bench.shards as shards
+
+    def rows(array: np.ndarray) -> shards.Rows:
+        return shards.Rows([array[start:start + shards.SHARD] for start in range(0, len(array), shards.SHARD)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 3)
+        stored = TrainData(rows(data.winners), rows(data.losers), data.prompts)
+        one, _ = run(base, DiffusionDPO(500.0), stored, accelerator)
+    other, _ = run(base, DiffusionDPO(500.0), data, accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
