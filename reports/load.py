@@ -20,6 +20,9 @@ METHOD_ORDER = (BASE, "sft", "diffusion_dpo", "spin")
 INCIDENTAL = {
     "train.micro_batch",
     "train.log_every",
+    "train.gradient_checkpointing",
+    "train.checkpoint_every",
+    "train.stop_on_collapse",
     "opponent.batch_size",
     "evaluation.batch_size",
     "evaluation.protocol",
