@@ -62,11 +62,10 @@ class TrainSettings:
 
 def make_accelerator(precision: str) -> Accelerator:
     """An accelerator for a training in "fp32", "bf16" or "fp16" on the best device there is."""
-    try:
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-    except ValueError as error:
-        raise UsageError(f"train.precision={precision} does not run on this machine: "
-                         f"{str(error).splitlines()[0]}; use bf16 or fp32") from error
+    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    if precision != "fp32" and not accelerator.native_amp:  # it would train in fp32 without a word
+        raise UsageError(f"train.precision={precision} does not run on a {accelerator.device.type}: use bf16 or fp32")
+    return accelerator
 
 
 def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings,

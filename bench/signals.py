@@ -8,7 +8,6 @@ import time
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from bench import cards
 from bench.errors import BenchError
@@ -48,6 +47,7 @@ class Signals:
         self.images = 2 if paired else 1
         self.flops_per_sample, self.peak = flops_per_sample, peak_rate(accelerator)
         self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.buckets = torch.arange(BUCKETS, device=accelerator.device)
         self.sums: dict[str, Tensor] = {}
         self.steps, self.started = 0, time.perf_counter()
 
@@ -59,7 +59,7 @@ class Signals:
             total = torch.cat([total, values.square().sum().reshape(1)])
         if _by_timestep(name):
             # a product with an indicator, because adding by index is not deterministic on a GPU
-            inside = one_hot(timesteps * BUCKETS // self.timesteps, BUCKETS).to(self.exact)
+            inside = (timesteps[:, None] * BUCKETS // self.timesteps == self.buckets).to(self.exact)
             total = torch.cat([total, values @ inside, inside.sum(0)])
         self.sums[name] = self.sums[name] + total if name in self.sums else total
 
