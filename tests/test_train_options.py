@@ -108,7 +108,10 @@ def test_compile_wraps_policy_and_reference_and_leaves_no_wrapper(go, monkeypatc
 
 
 @pytest.mark.slow
-def test_compiled_for_real_the_training_is_the_same_up_to_rounding(go):
+def test_traced_for_real_the_training_is_the_same_up_to_rounding(go, monkeypatch):
+    """With torch's tracer but without its code generator, which takes many minutes on a small machine."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda unet: real(unet, backend="eager"))
     (policy, history), (plain, expected) = (go(DiffusionDPO(500.0), compile=flag, steps=2) for flag in (True, False))
     assert history[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-4)
     torch.testing.assert_close(weights(policy), weights(plain), rtol=1e-3, atol=1e-4)
@@ -169,6 +172,25 @@ def make_accelerator_for_cpu(precision: str):
 
     AcceleratorState._reset_state()
     return make_accelerator(precision)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_on_a_gpu_the_first_loss_is_log_2_and_memory_is_measured(base, precision):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = make_accelerator(precision)
+        policy = copy.deepcopy(base)
+        settings = replace(SMALL, precision=precision, log_every=1)
+        history = train(policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0,
+                        accelerator)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert accelerator.device.type == "cuda" and (accelerator.scaler is not None) == (precision == "fp16")
+    assert history[0]["loss"] == torch.tensor(2.0).log().item()
+    assert history[0]["peak_memory_gib"] > 0
 
 
 def test_what_changes_numbers_is_in_the_hash_and_nothing_else():
