@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import click
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from bench import cost, evaluate, models, registry
 from bench.cache import Embeddings, cached_latents, cached_prompts
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
+from bench.recipe import make_accelerator, require_packages
 from bench.runs import CACHE
 from bench.sample import latent_shape, sample
 from bench.shards import Rows, Share
@@ -54,9 +54,9 @@ class Shared:
 
     def __init__(self, suite: Suite, methods: Sequence[str] = ()):
         self.suite = suite
-        precision = suite.model.dtype
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        self.dtype = DTYPES[precision]
+        require_packages(suite.train.optimizer, suite.train.lora_rank)
+        self.accelerator = make_accelerator(suite.train.precision)
+        self.dtype = DTYPES[suite.model.dtype]
         data = suite.data
         with self.accelerator.main_process_first():
             folder = models.weights_folder(suite.model.weights)
@@ -186,12 +186,15 @@ class Shared:
 
 
 @contextmanager
-def timed(stage: Stage, name: str, **counts: int) -> Iterator[Path]:
-    """Fill a stage and leave in it what it cost: seconds, and the counts given (pairs, images, flops)."""
+def timed(stage: Stage, name: str, earlier: float = 0.0, **counts: int) -> Iterator[Path]:
+    """Fill a stage and leave in it what it cost: seconds, and the counts given (pairs, images, flops).
+
+    `earlier` are the seconds of a process that was stopped and whose work is gone on with.
+    """
     with stage.fresh() as folder:
         started = time.perf_counter()
         yield folder
-        spent = {"name": name, "seconds": round(time.perf_counter() - started, 3), **counts}
+        spent = {"name": name, "seconds": round(earlier + time.perf_counter() - started, 3), **counts}
         atomic_write(folder / "cost.json", json.dumps(spent))
 
 

@@ -69,15 +69,41 @@ def recorded_inputs() -> Iterator[list[tuple]]:
         yield calls
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@contextmanager
+def recorded_outputs() -> Iterator[set[torch.dtype]]:
+    """The precisions in which UNets answered."""
+    seen = set()
+    forward = UNet2DConditionModel.forward
+
+    def spy(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        seen.add(output.sample.dtype)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", spy)
+        yield seen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", [DiffusionDPO(5000.0), SPIN(2000.0)])
 def test_an_untrained_policy_has_loss_log_2_exactly(base, data, make_accelerator, precision, method):
-    """Through the real loop, at a large beta that would show the last bit of a difference."""
-    _, history = run(base, method, data, make_accelerator(precision), steps=1, batch_size=7, micro_batch=3)
+    """Through the real loop, at a large beta that would show the last bit of a difference.
+
+    accelerate knows no fp16 on a CPU, torch does: there its autocast is put around the whole loop.
+    """
+    half = precision == "fp16"
+    accelerator = make_accelerator("no" if precision in ("fp32", "fp16") else precision)
+    with torch.autocast("cpu", torch.float16, enabled=half), recorded_outputs() as seen:
+        _, history = run(base, method, data, accelerator, steps=1, batch_size=7, micro_batch=3,
+                         precision="fp32" if half else precision)
     row = history[0]
     assert row["loss"] == LOG_2
     assert (row["implicit_accuracy"], row["winner_drift"], row["loser_drift"]) == (0.5, 0, 0)
+    assert (row["logit"], row["logit_std"]) == (0, 0)
     assert row["grad_norm"] > 0
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert seen == {dtypes[precision]}  # it did run in that precision, the policy and the reference alike
 
 
 @pytest.mark.parametrize("method", [DiffusionDPO(500.0), SPIN(500.0)])
@@ -192,7 +218,7 @@ def test_mixed_precision_leaves_no_wrapper_on_the_policy(base, data, make_accele
     accelerator = make_accelerator("bf16")
     policy = copy.deepcopy(base)
     for first_step in (0, 1):  # two iterations with one accelerator, the second on the first one's policy
-        settings = replace(SETTINGS, steps=1, first_step=first_step)
+        settings = replace(SETTINGS, steps=1, first_step=first_step, precision="bf16")
         train(policy, copy.deepcopy(policy), SPIN(500.0), data, settings, SCHEDULER, 0, accelerator)
     assert policy.dtype == torch.float32 and "forward" not in vars(policy)
     save_unet(policy, tmp_path / "unet")
@@ -243,6 +269,13 @@ def test_what_cannot_be_trained_is_refused(base, data, accelerator):
         run(base, DiffusionDPO(1.0), data, accelerator, reference=None)
     with pytest.raises(BenchError, match="float16.*mixed precision"):
         run(copy.deepcopy(base).half(), SFT(), data, accelerator)
+    with pytest.raises(BenchError, match="precision is bf16, but the accelerator"):
+        run(base, SFT(), data, accelerator, precision="bf16")
+    with pytest.raises(BenchError, match="lora_rank is 4: the policy needs an adapter"):
+        run(base, SFT(), data, accelerator, lora_rank=4)
+    with pytest.raises(BenchError, match="its own reference"):
+        policy = copy.deepcopy(base)
+        train(policy, policy, DiffusionDPO(1.0), data, SETTINGS, SCHEDULER, 0, accelerator)
     with pytest.raises(UsageError, match="number of processes"):
         run(base, SFT(), data, accelerator, batch_size=0)
     with pytest.raises(BenchError, match="losers have shape"):

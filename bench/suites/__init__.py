@@ -43,11 +43,21 @@ class Train(Section):
     micro_batch: int = Field(ge=1)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    schedule_steps: int | None = Field(None, ge=1)
     max_grad_norm: float = Field(1.0, gt=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     prompt_dropout: float = Field(0.0, ge=0, le=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    ema: float | None = Field(None, gt=0, lt=1)
+    lora_rank: int | None = Field(None, ge=1)
+    gradient_checkpointing: bool = False
+    compile: bool = False
     log_every: int = Field(10, ge=1)
+    checkpoint_every: int | None = Field(50, ge=1)
+    stop_on_collapse: bool = True
 
 
 class Opponent(Section):
