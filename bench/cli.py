@@ -52,7 +52,8 @@ def cli() -> None:
               "samples; evaluation samples are seeded by the suite.  [default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.")
-@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started.")
+@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started; "
+              "with --set metrics=[...] other scorers read the images that are there.")
 @click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
 @click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
 @as_json
@@ -77,6 +78,7 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
         asked = {"method": method, "seed": seed, "iterations": iters}
         runs.refuse_changes(resumed, {name: value for name, value in asked.items() if value is not None}
                             | {"suite": wanted.model_dump()})
+        resumed = runs.rescored(resumed, wanted)
         finished = _execute(resumed.suite, [resumed], mongo, sql)
     else:
         chosen = load_suite(suite or "mini", settings)
