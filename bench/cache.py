@@ -50,7 +50,7 @@ def encode_images(vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarra
     one latent. With `path` the result is a memory-mapped .npy file, so it may be larger than memory.
     """
     batches = (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
-    encoded = (_encode_image_batch(vae, fetch(batch)) for batch in batches)
+    encoded = (encode_image_batch(vae, fetch(batch)) for batch in batches)
     return _collect(encoded, count, "encoding images", path)
 
 
@@ -60,10 +60,10 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_
     position = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     unique = list(position)
     batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
-    encoded = (_encode_prompt_batch(pipe, batch) for batch in batches)
+    encoded = (encode_prompt_batch(pipe, batch) for batch in batches)
     table = _collect(encoded, len(unique), "encoding prompts", path)
     index = np.array([position[prompt] for prompt in prompts], dtype=np.int64)
-    return Embeddings(table, index, _encode_prompt_batch(pipe, [""])[0])
+    return Embeddings(table, index, encode_prompt_batch(pipe, [""])[0])
 
 
 def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
@@ -100,14 +100,16 @@ def _stage(root: Path, kind: str, made_from: dict[str, Any]) -> Stage:
 
 
 @torch.inference_mode()
-def _encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+def encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """One batch of `encode_images`: uint8 `[B, H, W, 3]` to fp32 `[B, C, h, w]`."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
     posterior = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype)).latent_dist
     return (posterior.mode().float() * vae.config.scaling_factor).cpu().numpy()
 
 
 @torch.inference_mode()
-def _encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+def encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+    """One batch of `encode_prompts`: fp32 `[B, L, D]`."""
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                        return_tensors="pt").to(encoder.device)

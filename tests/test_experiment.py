@@ -190,7 +190,7 @@ def test_resume_refuses_other_settings(here, capsys, option, said):
 
 def test_resume_does_nothing_twice(here, monkeypatch):
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "sample", None)
+    monkeypatch.setattr(experiment, "Sampler", None)
     run = run_of("spin")
     before = scores_of(run.folder)
     assert bench(f"run --resume {run.id}") == 0
@@ -212,9 +212,9 @@ def test_opponents_are_new_each_iteration_and_differ_where_prompts_repeat(elsewh
     monkeypatch.setattr(PreferenceData, "prompts", ["a red cat"] * 12)
     shared = Shared(load_suite("tiny.yaml"))
     run = runs.Run("x", "spin", 0, 2, shared.suite)
-    made = [Experiment(run, shared).losers(iteration, shared.base, np.arange(3)) for iteration in (1, 1, 2)]
-    assert np.array_equal(made[0], made[1])
-    assert len(np.unique(np.concatenate([made[0], made[2]]).reshape(6, -1), axis=0)) == 6
+    first, again, second = (Experiment(run, shared).opponent_keys(k, np.arange(3)) for k in (1, 1, 2))
+    assert first == again
+    assert len({*first, *second}) == 6 and {prompt for _, prompt in first} == {"a red cat"}
 
 
 def test_each_iteration_samples_only_the_losers_it_trains_on(here):
