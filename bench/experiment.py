@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ class Interrupted(BenchError):
 def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None = None) -> None:
     """Run all stages of a run that are not done yet, recorded by sacred."""
     stages = Experiment(run, shared).stages
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems and launchers send
     try:
         if shared.processes.main:
             runs.sweep(run.folder)
@@ -49,6 +51,8 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
             raise
         raise BenchError(f"another process of this run has died or cannot be reached; to go on: "
                          f"bench run --resume {run.id}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_method(name: str, settings: Iteration) -> Method:

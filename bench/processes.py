@@ -112,6 +112,8 @@ def fail(message: str, code: int) -> NoReturn:
 
     Of all processes that fail, often one after the other because the first one is gone, only the first speaks.
     """
+    if count() > 1:  # on a line of its own, whatever another process was drawing
+        message = f"\n{message} [process {index()} of {count()}, on {socket.gethostname()}]"
     if _first_to_fail():
         print(message, file=sys.stderr, flush=True)
     else:

@@ -303,8 +303,9 @@ def test_what_an_opponent_is_made_with_decides_whether_it_is_made_again(elsewher
         shared = Shared(load_suite("tiny.yaml", settings))
         run = runs.Run("x", "spin", 0, 1, shared.suite)
         made.append(Experiment(run, shared).opponent(1, shared.base))
-    first, second = (np.load(stage.directory / "latents.npy") for stage in made)
-    assert (made[0].hash == made[1].hash) == (setting == "batch_size=2")
+        made[-1] = made[-1].hash, np.load(made[-1].directory / "latents.npy")
+    (first, before), (second, after) = made
+    assert (first == second) == np.array_equal(before, after) == (setting == "batch_size=2")
 
 
 def test_batches_of_the_opponent_hold_each_row_once_and_are_not_small():
