@@ -55,7 +55,7 @@ def encode_images(vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarra
     image always gives one latent, and Stable Diffusion's posterior is so narrow that nothing else is lost.
     """
     batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    encoded = (_encode_image_batch(vae, images) for images in ahead(fetch, batches))
+    encoded = (encode_image_batch(vae, images) for images in ahead(fetch, batches))
     return _collect(encoded, count, "encoding images")
 
 
@@ -63,9 +63,9 @@ def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_
     """Encode every distinct prompt once, in memory; longer prompts are cut at the text encoder's length."""
     unique, index = _distinct(prompts)
     batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
-    encoded = (_encode_prompt_batch(pipe, batch) for batch in batches)
+    encoded = (encode_prompt_batch(pipe, batch) for batch in batches)
     table = _collect(encoded, len(unique), "encoding prompts")
-    return Embeddings(table, index, _encode_prompt_batch(pipe, [""])[0])
+    return Embeddings(table, index, encode_prompt_batch(pipe, [""])[0])
 
 
 def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
@@ -81,8 +81,8 @@ def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
     """
     def encode(images: np.ndarray) -> np.ndarray:
         if not flip:
-            return _encode_image_batch(vae, images)
-        return np.stack([_encode_image_batch(vae, side) for side in (images, images[:, :, ::-1])], axis=1)
+            return encode_image_batch(vae, images)
+        return np.stack([encode_image_batch(vae, side) for side in (images, images[:, :, ::-1])], axis=1)
 
     store = Store(root, "latents", {"layout": LAYOUT, "flip": flip, **made_from}, count,
                   (2, *shape) if flip else shape, PRECISIONS[precision])
@@ -94,10 +94,10 @@ def cached_prompts(root: Path, made_from: dict[str, Any], pipe: StableDiffusionP
                    precision: str = "fp32", batch_size: int = 64, share: Share = ALONE) -> Embeddings:
     """`encode_prompts` through a folder under `root`; `made_from` names the weights (their fingerprint)."""
     unique, index = _distinct(prompts)
-    null = _encode_prompt_batch(pipe, [""])[0]
+    null = encode_prompt_batch(pipe, [""])[0]
     made_from = {"layout": LAYOUT, **made_from, "prompts": fingerprint(unique)}
     store = Store(root, "prompts", made_from, len(unique), null.shape, PRECISIONS[precision])
-    store.fill(lambda rows: [unique[row] for row in rows], lambda texts: _encode_prompt_batch(pipe, texts),
+    store.fill(lambda rows: [unique[row] for row in rows], lambda texts: encode_prompt_batch(pipe, texts),
                batch_size, "encoding prompts", share)
     return Embeddings(store.read(), index, null)
 
@@ -110,14 +110,16 @@ def _distinct(prompts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 
 
 @torch.inference_mode()
-def _encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+def encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """One batch of `encode_images`: uint8 `[B, H, W, 3]` to fp32 `[B, C, h, w]`."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
     posterior = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype)).latent_dist
     return (posterior.mode().float() * vae.config.scaling_factor).cpu().numpy()
 
 
 @torch.inference_mode()
-def _encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+def encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
+    """One batch of `encode_prompts`: fp32 `[B, L, D]`."""
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
                        return_tensors="pt").to(encoder.device)

@@ -6,12 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench import __version__
+from bench import __version__, processes
 from bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -118,21 +119,26 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
     shared = Shared(suite, methods)
     finished = []
     for position, plan in enumerate(plans):
-        current = runs.create(**plan) if isinstance(plan, dict) else plan
-        click.echo(f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
-                   f"{suite.name}, seed {current.seed}", err=True)
+        current = shared.processes.once(partial(runs.create, **plan)) if isinstance(plan, dict) else plan
+        if shared.processes.main:
+            click.echo(f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
+                       f"{suite.name}, seed {current.seed}", err=True)
         try:
             execute(current, shared, mongo, sql)
         except Interrupted as error:
             left = [later["method"] for later in plans[position + 1:]]
             raise Interrupted(f"{error}" + (f"; not started: {', '.join(left)}" if left else "")) from None
         finished.append(current)
+    shared.processes.end()
     return finished
 
 
 def _compare(finished: list[Run], layout: str) -> None:
     """Print how the runs just made compare with the other ones of their suite and seed; write the page."""
     from bench import runs
+
+    if processes.index() > 0:
+        return
     from reports import load, page, tables
 
     loaded = load.load_runs([run.folder for run in runs.comparable(finished[-1])])
@@ -355,9 +361,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{type(error).__name__}: {error} (BENCH_DEBUG=1 shows where)", 1)
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"bench: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+def _fail(message: str, code: int) -> NoReturn:
+    processes.fail(f"bench: {' '.join(message.split())}", code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Images in, one long table out: every score of every image on a row of its own."""
+"""Images in, one long table out: every score of every image on a row of its own.
+
+Images are scored in blocks of prompts, each by one process. Metrics embed every distinct prompt of a call once, in
+batches of their own; a block holds a whole number of all these batches, so its scores are those of a single call.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -13,13 +18,13 @@ import pandas as pd
 from PIL import Image
 
 from bench import registry
-from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.mini.judge import Judge
-from bench.progress import track
+from bench.stages import atomic_write
 from metrics.base import Images, Metric
 from metrics.clip_family import shared_embeddings
 
+BLOCK = 256  # prompts scored in one call: a multiple of what any metric takes at once
 COLUMNS = ("run", "method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
 
 
@@ -60,20 +65,6 @@ class Scorers:
         return {name: metric.info() for name, metric in self.metrics.items()}
 
 
-def evaluate(images: np.ndarray, prompts: PromptSet, seeds: Sequence[int], scorers: Scorers, *, run: str,
-             method: str, iteration: int, prompt_set: str, guidance: float) -> pd.DataFrame:
-    """Score the samples of one model on one prompt set and return its part of the long table.
-
-    images: uint8 [P * S, H, W, 3] in the sampler's order, i.e. row p * S + s shows prompt p under seeds[s].
-    """
-    texts = [prompt for prompt in prompts.prompts for _ in seeds]
-    if len(images) != len(texts):
-        raise BenchError(f"{len(images)} images for {len(prompts)} prompts and {len(seeds)} seeds")
-    identity = {"run": run, "method": method, "iteration": iteration, "prompt_set": prompt_set,
-                "guidance": float(guidance)}
-    return table_rows(scorers.score(images, texts), prompts.ids, seeds, identity)
-
-
 def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int],
                identity: Mapping[str, Any]) -> pd.DataFrame:
     """Long rows of scores [P * S] in the sampler's order; `identity` holds the columns equal in all."""
@@ -94,18 +85,16 @@ def image_paths(folder: Path, prompt_ids: Sequence[str], seeds: Sequence[int]) -
     return [Path(folder) / f"{prompt_id}-{seed}.png" for prompt_id in prompt_ids for seed in seeds]
 
 
-def write_images(folder: Path, images: np.ndarray, prompt_ids: Sequence[str], seeds: Sequence[int]) -> None:
-    """Write uint8 [P * S, H, W, 3] as PNG files into `folder`."""
-    paths = image_paths(folder, prompt_ids, seeds)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    pairs = zip(paths, images, strict=True)
-    for path, image in track(pairs, "writing images", total=len(paths), unit="image"):
-        Image.fromarray(image).save(path, compress_level=1)
+def write_images(paths: Sequence[Path], images: np.ndarray) -> None:
+    """Write uint8 [N, H, W, 3] as PNG files."""
+    for path, image in zip(paths, images, strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="png", compress_level=1)
+        atomic_write(path, buffer.getvalue())
 
 
-def read_images(folder: Path, prompt_ids: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
-    """Read back what `write_images` wrote: uint8 [P * S, H, W, 3]."""
-    paths = image_paths(folder, prompt_ids, seeds)
+def read_images(paths: Sequence[Path]) -> np.ndarray:
+    """Read back what `write_images` wrote: uint8 [N, H, W, 3]."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise BenchError(f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,19 +12,23 @@ import numpy as np
 import pandas as pd
 from diffusers import UNet2DConditionModel
 
-from bench import adapters, cost, evaluate, models, registry, runs, tracking
+from bench import adapters, cost, evaluate, models, pieces, processes, registry, runs, tracking
 from bench.batches import sample_order
 from bench.checkpoint import Checkpoints
 from bench.errors import BenchError, UsageError
 from bench.protocol import write_cost, write_protocol
 from bench.runs import Run
-from bench.sample import latent_shape, sample
+from bench.sample import Key, Sampler, latent_shape
 from bench.seeding import derive
-from bench.shared import Model, Shared, Weights, link_tree, timed
+from bench.shards import Rows
+from bench.shared import Model, Shared, Weights, link_tree, timed, write_table
+from bench.signals import Row
 from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Iteration, Suite
 from bench.train import TrainData, TrainSettings, train
 from methods.base import Method, Pairing
+
+SMALLEST_BATCH = 16  # below it a GPU is mostly idle
 
 
 class Interrupted(BenchError):
@@ -35,12 +39,24 @@ class Interrupted(BenchError):
 
 def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None = None) -> None:
     """Run all stages of a run that are not done yet, recorded by sacred."""
-    runs.sweep(run.folder)
-    runs.sweep(runs.CACHE)
+    stages = Experiment(run, shared).stages
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems and launchers send
     try:
-        tracking.record(run.folder, run.config(), Experiment(run, shared).stages, mongo, sql)
+        if shared.processes.main:
+            runs.sweep(run.folder)
+            runs.sweep(runs.CACHE)
+            tracking.record(run.folder, run.config(), stages, mongo, sql)
+        else:
+            stages(lambda name, value, step: None)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; to go on: bench run --resume {run.id}") from None
+    except RuntimeError as error:
+        if not processes.lost(error):
+            raise
+        raise BenchError(f"another process of this run has died or cannot be reached; to go on: "
+                         f"bench run --resume {run.id}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def build_method(name: str, settings: Iteration) -> Method:
@@ -68,6 +84,7 @@ class Experiment:
 
     def __init__(self, run: Run, shared: Shared):
         self.run, self.shared, self.suite = run, shared, run.suite
+        self.processes = shared.processes
         self.schedule = run.suite.schedule(run.method, run.iterations)
         self.methods = [build_method(run.method, settings) for settings in self.schedule]
         self.scores: list[pd.DataFrame] = []
@@ -75,7 +92,8 @@ class Experiment:
         self.done: list[Path] = []
 
     def stages(self, log_scalar: tracking.LogScalar) -> None:
-        write_protocol(self.run, self.shared)
+        if self.processes.main:
+            write_protocol(self.run, self.shared)
         self.evaluate(Model("base", 0, self.shared.base))
         previous = self.shared.base
         for iteration in range(1, self.run.iterations + 1):
@@ -94,9 +112,10 @@ class Experiment:
             "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
         checkpoints = Checkpoints(self.run.folder / "stages" / f"training{iteration}", stage.hash,
                                   self.suite.train.checkpoint_every)
-        if not stage.done:
+        if self.processes.once(lambda: not stage.done):
             self.train(iteration, stage, previous, reference, opponent, checkpoints)
-        checkpoints.remove()
+        if self.processes.main:
+            checkpoints.remove()
         self.record(stage, iteration, log_scalar)
         return Weights(stage.directory / "unet", stage.hash)
 
@@ -115,12 +134,33 @@ class Experiment:
             "weights": reference.key, "dtype": self.suite.model.dtype, "data": self.shared.data_key,
             "pairs": fingerprint(pairs.tolist()), "seed": self.run.seed, "iteration": iteration,
             **settings.model_dump(exclude={"batch_size"})})
-        if not stage.done:
-            flops = cost.sampling_flops(self.shared.forward_flops(), 0, len(pairs), steps=settings.steps,
-                                        guidance=settings.guidance)
-            with timed(stage, f"iter{iteration}/opponent", images=len(pairs), flops=flops) as folder:
-                np.save(folder / "latents.npy", self.losers(iteration, reference, pairs))
-                np.save(folder / "pairs.npy", pairs)
+        rows = self.opponent_keys(iteration, pairs)
+        batches = opponent_batches(rows, settings.batch_size)
+
+        def prepare() -> pieces.Make:
+            sampler = Sampler(self.shared.pipe, guidance=settings.guidance, steps=settings.steps,
+                              scheduler=settings.scheduler, unet=self.shared.unet(reference),
+                              output="roundtrip" if settings.roundtrip else "latents")
+
+            def draw(number: int, folder: Path) -> None:
+                latents = sampler([rows[row] for row in batches[number]])
+                pieces.write_array(pieces.path(folder, number, ".npy"), latents)
+
+            return draw
+
+        def join(folder: Path) -> None:
+            shape = (len(pairs), *latent_shape(self.shared.pipe.unet))
+            latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float32, shape)
+            for number, batch in enumerate(batches):
+                latents[batch] = np.load(pieces.path(folder, number, ".npy"))
+            latents.flush()
+            np.save(folder / "pairs.npy", pairs)
+
+        recode = sum(self.shared.vae_flops) if settings.roundtrip else 0
+        flops = cost.sampling_flops(self.shared.forward_flops(), recode, len(pairs), steps=settings.steps,
+                                    guidance=settings.guidance)
+        pieces.divided(stage, self.processes, f"iter{iteration}/opponent", batches, prepare, join,
+                       f"{self.run.method} {iteration}: opponent", images=len(pairs), flops=flops)
         self.done.append(stage.directory)
         return stage
 
@@ -131,22 +171,16 @@ class Experiment:
         return np.unique(sample_order(self.run.seed, settings.first_step * size, settings.steps * size,
                                       len(self.shared.pairs)))
 
-    def losers(self, iteration: int, reference: Weights, pairs: np.ndarray) -> np.ndarray:
-        """Latents `[len(pairs), C, h, w]` sampled from the reference.
+    def opponent_keys(self, iteration: int, pairs: np.ndarray) -> list[Key]:
+        """Seed and prompt of every pair's loser.
 
-        A sample is a function of (prompt, seed), so pairs that share a prompt are given different seeds.
+        A sample is a function of (prompt, seed), so pairs that share a prompt are given different seeds: the
+        pairs that are the first of their prompt one seed, those that are the second another, and so on.
         """
-        settings, unet = self.suite.opponent, self.shared.unet(reference)
         prompts = pd.Series([self.shared.pairs.prompts[pair] for pair in pairs])
         repeats = prompts.groupby(prompts).cumcount()
-        latents = np.empty((len(pairs), *latent_shape(unet)), dtype=np.float32)
-        for repeat, group in prompts.groupby(repeats):
-            seed = derive("opponent", self.run.seed, iteration, int(repeat))
-            latents[group.index] = sample(
-                self.shared.pipe, group.tolist(), guidance=settings.guidance, steps=settings.steps,
-                seeds=[seed], scheduler=settings.scheduler, batch_size=settings.batch_size, output="latents",
-                unet=unet, description=f"{self.run.method} {iteration}: opponent")
-        return latents
+        seeds = {int(repeat): derive("opponent", self.run.seed, iteration, int(repeat)) for repeat in repeats.unique()}
+        return [(seeds[repeat], prompt) for repeat, prompt in zip(repeats.tolist(), prompts.tolist(), strict=True)]
 
     def train(self, iteration: int, stage: Stage, previous: Weights, reference: Weights | None,
               opponent: Stage | None, checkpoints: Checkpoints) -> None:
@@ -156,19 +190,26 @@ class Experiment:
         pairs = settings.steps * settings.batch_size
         flops = cost.training_flops(self.shared.forward_flops(), pairs, paired=data.losers is not None,
                                     reference=reference is not None)
-        with timed(stage, f"iter{iteration}/train", checkpoints.seconds(), pairs=pairs, flops=flops) as folder:
+        with timed(stage, self.processes, f"iter{iteration}/train", checkpoints.seconds(), pairs=pairs,
+                   flops=flops) as folder:
             policy, frozen = self.models(settings, previous, reference)
             history = train(policy, frozen, method, data, settings, self.shared.pipe.scheduler, self.run.seed,
                             self.shared.accelerator, f"{self.run.method} {iteration}: training", checkpoints,
                             flops_per_sample=flops / pairs)
-            if settings.lora_rank:
-                adapters.save(policy, folder / "lora")
-                adapters.merge(policy)
-            models.save_unet(policy, folder / "unet")
-            rows = pd.DataFrame(history)
-            rows.insert(0, "method", self.run.method)
-            rows.insert(1, "iteration", iteration)
-            rows.to_parquet(folder / "history.parquet", index=False)
+            if folder is not None:
+                self.keep(policy, settings, history, iteration, folder)
+
+    def keep(self, policy: UNet2DConditionModel, settings: TrainSettings, history: list[Row], iteration: int,
+             folder: Path) -> None:
+        """Write what a training leaves: `unet/` with any adapter merged, the adapter alone, and the signals."""
+        if settings.lora_rank:
+            adapters.save(policy, folder / "lora")
+            adapters.merge(policy)
+        models.save_unet(policy, folder / "unet")
+        rows = pd.DataFrame(history)
+        rows.insert(0, "method", self.run.method)
+        rows.insert(1, "iteration", iteration)
+        rows.to_parquet(folder / "history.parquet", index=False)
 
     def models(self, settings: TrainSettings, previous: Weights, reference: Weights | None,
                ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
@@ -182,16 +223,13 @@ class Experiment:
         shared = settings.lora_rank is not None and reference.key == previous.key
         return policy, policy if shared else models.load_unet(reference.folder)
 
-    def loser_latents(self, method: Method, opponent: Stage | None) -> np.ndarray | None:
+    def loser_latents(self, method: Method, opponent: Stage | None) -> Rows | Drawn | None:
         """Losers `[N, C, h, w]` as the pairing asks; in self-play only of the pairs that will be seen."""
         if method.pairing is Pairing.WINNER:
             return None
         if opponent is None:
             return self.shared.latents("losers")
-        latents = np.load(opponent.directory / "latents.npy")
-        losers = np.full((len(self.shared.pairs), *latents.shape[1:]), np.nan, dtype=np.float32)
-        losers[np.load(opponent.directory / "pairs.npy")] = latents
-        return losers
+        return Drawn(opponent.directory, len(self.shared.pairs))
 
     def record(self, stage: Stage, iteration: int, log_scalar: tracking.LogScalar) -> None:
         """Add a trained iteration to history.parquet, cost.json and sacred's metrics."""
@@ -201,33 +239,64 @@ class Experiment:
                 if not math.isnan(row[name]):
                     log_scalar(name, float(row[name]), int(row["step"]))
         self.history.append(rows)
-        write_table(self.run.folder / "history.parquet", self.history)
         self.done.append(stage.directory)
-        write_cost(self.run, self.done, self.shared.device)
+        if self.processes.main:
+            write_table(self.run.folder / "history.parquet", pd.concat(self.history, ignore_index=True))
+            write_cost(self.run, self.done, self.shared.device)
 
     def evaluate(self, model: Model) -> None:
         """Add a model's scores on every prompt set and guidance to scores.parquet, its images to the run."""
         for name, prompts in self.shared.prompt_sets.items():
             texts = dict(zip(prompts.ids, prompts.prompts, strict=True))
             folder = self.run.folder / "images" / name
-            atomic_write(folder / "prompts.json", json.dumps(texts, ensure_ascii=False, indent=1))
+            if self.processes.main:
+                atomic_write(folder / "prompts.json", json.dumps(texts, ensure_ascii=False, indent=1))
             for guidance in self.suite.evaluation.guidance:
                 images = evaluate.image_folder(self.run.folder, name, guidance, model.iteration)
                 if model.iteration == 0:
                     rows, source = self.shared.score(model, name, guidance)
                     files = evaluate.image_paths(source, prompts.ids, self.suite.evaluation.seeds)
-                    link_tree(source, images, [path.name for path in files])
+                    if self.processes.main:
+                        link_tree(source, images, [path.name for path in files])
                 else:
                     stage = self.run.folder / "stages" / f"scores{model.iteration}-{name}-g{guidance:g}"
                     rows, _ = self.shared.score(model, name, guidance, images, stage)
                     self.done += [images, stage]
                 self.scores.append(rows.assign(run=self.run.id))
-        write_table(self.run.folder / "scores.parquet", self.scores)
-        write_cost(self.run, self.done, self.shared.device)
+        if self.processes.main:
+            write_table(self.run.folder / "scores.parquet", pd.concat(self.scores, ignore_index=True))
+            write_cost(self.run, self.done, self.shared.device)
 
 
-def write_table(path: Path, parts: Sequence[pd.DataFrame]) -> None:
-    """Write tables one below the other as one parquet file that appears whole."""
-    buffer = io.BytesIO()
-    pd.concat(parts, ignore_index=True).to_parquet(buffer, index=False)
-    atomic_write(path, buffer.getvalue())
+class Drawn:
+    """An opponent's latents `[N, C, h, w]` by the number of the pair, read from disk when asked for.
+
+    Only the pairs that an iteration trains on have any.
+    """
+
+    def __init__(self, folder: Path, size: int):
+        self.latents, pairs = np.load(folder / "latents.npy", mmap_mode="r"), np.load(folder / "pairs.npy")
+        self.shape = (size, *self.latents.shape[1:])
+        self.row = np.full(size, len(pairs))  # for a pair without latents a row that is not there
+        self.row[pairs] = np.arange(len(pairs))
+
+    def __getitem__(self, chosen: np.ndarray) -> np.ndarray:
+        return self.latents[self.row[chosen]]
+
+
+def opponent_batches(rows: Sequence[Key], size: int) -> list[list[int]]:
+    """Rows in whole batches, each of one seed.
+
+    At the end of every seed is a smaller batch. Those of fewer than 16 are put together where that fills a batch
+    at least: of many rows per prompt, as in Pick-a-Pic, most seeds have a few rows only.
+    """
+    by_seed: dict[int, list[int]] = {}
+    for row, (seed, _) in enumerate(rows):
+        by_seed.setdefault(seed, []).append(row)
+    cut = [[group[row] for row in batch] for group in by_seed.values() for batch in pieces.batches(len(group), size)]
+    enough = min(SMALLEST_BATCH, size)
+    small = [row for batch in cut if len(batch) < enough for row in batch]
+    if len(small) < size:
+        return cut
+    large = [batch for batch in cut if len(batch) >= enough]
+    return large + [[small[row] for row in batch] for batch in pieces.batches(len(small), size)]

@@ -44,11 +44,12 @@ def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: flo
     with new_folder(output) as folder:
         pixels = sample(pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds,
                         batch_size=batch_size)
-        evaluate.write_images(folder, pixels, prompts.ids, seeds)
+        paths = evaluate.image_paths(folder, prompts.ids, seeds)
+        evaluate.write_images(paths, pixels)
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["file_name", "prompt"])
-        names = [path.name for path in evaluate.image_paths(folder, prompts.ids, seeds)]
+        names = [path.name for path in paths]
         writer.writerows(zip(names, [prompt for prompt in prompts.prompts for _ in seeds], strict=True))
         atomic_write(folder / "prompts.csv", table.getvalue())
 

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from bench import processes
+
 T = TypeVar("T")
 
 
@@ -15,10 +17,11 @@ def track(iterable: Iterable[T] | None = None, description: str = "", total: int
     """Wrap an iterable in a progress bar on stderr (with ETA); without one, the caller advances the bar.
     `initial` counts what an earlier, interrupted call had done.
 
-    Where stderr is not a terminal the bar is redrawn rarely, so that log files stay short.
+    Where stderr is not a terminal the bar is redrawn rarely, so that log files stay short. Of several processes
+    only the main one draws.
     """
     bar = tqdm(iterable, desc=description, total=total, unit=unit, initial=initial,
-               dynamic_ncols=True, mininterval=0.2)
-    if not bar.fp.isatty():
+               dynamic_ncols=True, mininterval=0.2, disable=processes.index() > 0)
+    if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10.0
     return bar

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from bench import processes
 from bench.errors import UsageError
 
 # settings that change speed, memory or when a training stops, and never a number it writes
@@ -62,7 +63,7 @@ class TrainSettings:
 
 def make_accelerator(precision: str) -> Accelerator:
     """An accelerator for a training in "fp32", "bf16" or "fp16" on the best device there is."""
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    accelerator = processes.accelerator("no" if precision == "fp32" else precision)
     if precision != "fp32" and not accelerator.native_amp:  # it would train in fp32 without a word
         raise UsageError(f"train.precision={precision} does not run on a {accelerator.device.type}: use bf16 or fp32")
     return accelerator

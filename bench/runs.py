@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +22,8 @@ RUNS = Path("results/runs")
 CACHE = Path("results/cache")
 SCORING = ("metrics", "metric_options", "judge")
 """Sections of the suite that a finished run may still change: its images are there, and only scores follow."""
-LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp$")
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(@(?P<host>.+))?\.tmp$")
+FORGOTTEN = 24 * 3600  # seconds after which a folder that another host has not touched counts as left behind
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,18 @@ def sweep(folder: Path) -> None:
     """Remove what killed processes left half done below a folder; never what a living one is writing."""
     for path in folder.rglob(".*.tmp") if folder.is_dir() else ():
         found = LEFTOVER.search(path.name)
-        if found and not _alive(int(found["process"])):
+        if found and _abandoned(path, int(found["process"]), found["host"]):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _abandoned(path: Path, process: int, host: str | None) -> bool:
+    """A process of this host can be looked up; of another one, only how long it has not written is known."""
+    if host in (None, socket.gethostname()):
+        return not _alive(process)
+    try:
+        return time.time() - path.stat().st_mtime > FORGOTTEN
+    except FileNotFoundError:
+        return False
 
 
 def _alive(process: int) -> bool:

@@ -17,7 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from bench.cache import encode_prompts
+from bench.cache import encode_image_batch, encode_prompt_batch
 from bench.errors import UsageError, did_you_mean
 from bench.progress import track
 from bench.seeding import derive, normal
@@ -31,15 +31,16 @@ SCHEDULERS = {
 }
 
 
+Output = Literal["images", "latents", "roundtrip"]
+Key = tuple[int, str]  # seed and prompt: all that a sample depends on
+
+
 def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
-           seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16,
-           output: Literal["images", "latents"] = "images", unet: UNet2DConditionModel | None = None,
-           description: str = "sampling") -> np.ndarray:
+           seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16, output: Output = "images",
+           unet: UNet2DConditionModel | None = None, description: str = "sampling") -> np.ndarray:
     """Sample every prompt with every seed; row `p * len(seeds) + s` belongs to prompt p and seed s.
 
-    Returns uint8 images `[R, H, W, 3]`, or with output="latents" fp32 `[R, C, h, w]`, scaled as the UNet sees
-    them. `unet` stands in for the pipeline's. guidance = 1 is sampling from the model itself and costs one
-    UNet evaluation per step; any other value is classifier-free guidance and costs two.
+    The other arguments and the result are those of `Sampler`, for all rows at once.
     """
     batches = sample_batches(pipe, prompts, guidance=guidance, steps=steps, seeds=seeds, scheduler=scheduler,
                              batch_size=batch_size, output=output, unet=unet, description=description)
@@ -47,31 +48,59 @@ def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: f
 
 
 def sample_batches(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
-                   seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16,
-                   output: Literal["images", "latents"] = "images", unet: UNet2DConditionModel | None = None,
-                   description: str = "sampling") -> Iterator[np.ndarray]:
+                   seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16, output: Output = "images",
+                   unet: UNet2DConditionModel | None = None, description: str = "sampling") -> Iterator[np.ndarray]:
     """As `sample`, but yield the rows batch by batch, so that they can be written while others are made."""
-    if scheduler not in SCHEDULERS:
-        raise UsageError(f"unknown scheduler '{scheduler}'{did_you_mean(scheduler, SCHEDULERS)}; "
-                         f"known: {', '.join(SCHEDULERS)}")
-    unet = (pipe.unet if unet is None else unet).eval()
-    if unet.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
-    solver = SCHEDULERS[scheduler](pipe.scheduler.config)
-    embeddings = encode_prompts(pipe, prompts)
-    rows = [(row, int(seed)) for row in range(len(prompts)) for seed in seeds]
+    sampler = Sampler(pipe, guidance=guidance, steps=steps, scheduler=scheduler, output=output, unet=unet)
+    rows = keys(prompts, seeds)
     with track(description=description, total=len(rows), unit="image") as bar:
         for start in range(0, len(rows), batch_size):
             batch = rows[start:start + batch_size]
-            chosen = [(seed, prompts[row]) for row, seed in batch]
-            context = embeddings.lookup([row for row, _ in batch])
-            null = torch.from_numpy(embeddings.null)
-            latents = _denoise(unet, solver, context, null, chosen, guidance, steps)
-            yield latents.cpu().numpy() if output == "latents" else _decode(pipe, latents)
+            yield sampler(batch)
             bar.update(len(batch))
 
 
-def initial_latents(chosen: Sequence[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
+def keys(prompts: Sequence[str], seeds: Sequence[int]) -> list[Key]:
+    """Every prompt with every seed, the seeds of one prompt side by side."""
+    return [(int(seed), prompt) for prompt in prompts for seed in seeds]
+
+
+class Sampler:
+    """A model and a solver that make whole batches, each a function of its own rows and of nothing else.
+
+    Its results are uint8 images `[B, H, W, 3]`, or with output="latents" fp32 `[B, C, h, w]`, scaled as the UNet
+    sees them; "roundtrip" decodes these to 8-bit images and encodes them again. `unet` stands in for the
+    pipeline's. guidance = 1 is sampling from the model itself and costs one UNet evaluation per step; any other
+    value is classifier-free guidance and costs two.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, *, guidance: float, steps: int, scheduler: str = "ddim",
+                 output: Output = "images", unet: UNet2DConditionModel | None = None):
+        if scheduler not in SCHEDULERS:
+            raise UsageError(f"unknown scheduler '{scheduler}'{did_you_mean(scheduler, SCHEDULERS)}; "
+                             f"known: {', '.join(SCHEDULERS)}")
+        self.pipe, self.guidance, self.steps, self.output = pipe, guidance, steps, output
+        self.unet = (pipe.unet if unet is None else unet).eval()
+        if self.unet.device.type == "cuda":
+            self.unet.to(memory_format=torch.channels_last)
+        self.solver = SCHEDULERS[scheduler](pipe.scheduler.config)
+        self.null = torch.from_numpy(encode_prompt_batch(pipe, [""])[0])
+
+    def __call__(self, batch: Sequence[Key]) -> np.ndarray:
+        latents = _denoise(self.unet, self.solver, self._context(batch), self.null, batch, self.guidance, self.steps)
+        if self.output == "latents":
+            return latents.cpu().numpy()
+        images = _decode(self.pipe, latents)
+        return encode_image_batch(self.pipe.vae, images) if self.output == "roundtrip" else images
+
+    def _context(self, batch: Sequence[Key]) -> Tensor:
+        """Prompt embeddings `[B, L, D]`; a prompt that several seeds share is encoded once."""
+        row = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for _, prompt in batch))}
+        table = torch.from_numpy(encode_prompt_batch(self.pipe, list(row)))
+        return table[[row[prompt] for _, prompt in batch]]
+
+
+def initial_latents(chosen: Sequence[Key], shape: tuple[int, ...]) -> Tensor:
     """The starting noise of every (seed, prompt), fp32 `[B, *shape]`, the same on every device."""
     return normal([derive("sample", seed, prompt) for seed, prompt in chosen], shape)
 
@@ -85,8 +114,7 @@ def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def _denoise(unet: UNet2DConditionModel, solver: DDIMScheduler | PNDMScheduler | DDPMScheduler,
-             context: Tensor, null: Tensor, chosen: Sequence[tuple[int, str]], guidance: float,
-             steps: int) -> Tensor:
+             context: Tensor, null: Tensor, chosen: Sequence[Key], guidance: float, steps: int) -> Tensor:
     """Run the reverse process on one batch; the latents stay in fp32 whatever the UNet's precision."""
     guided = guidance != 1
     context = context.to(unet.device, unet.dtype)

@@ -5,12 +5,14 @@ Whatever is expensive lives in the cache under a name that says what made it, so
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +21,14 @@ import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import cost, evaluate, models, registry
+from bench import cost, evaluate, models, pieces, registry
 from bench.cache import Embeddings, cached_latents, cached_prompts
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
+from bench.processes import Processes
 from bench.recipe import make_accelerator, require_packages
 from bench.runs import CACHE
-from bench.sample import latent_shape, sample
+from bench.sample import Sampler, keys, latent_shape
 from bench.shards import Rows, Share
 from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Suite
@@ -56,9 +59,10 @@ class Shared:
         self.suite = suite
         require_packages(suite.train.optimizer, suite.train.lora_rank)
         self.accelerator = make_accelerator(suite.train.precision)
+        self.processes = Processes(self.accelerator)
         self.dtype = DTYPES[suite.model.dtype]
         data = suite.data
-        with self.accelerator.main_process_first():
+        with self.processes.main_first():
             folder = models.weights_folder(suite.model.weights)
             self.source = load_pairs(data.pairs, size=data.size, seed=data.seed, deduplicate=data.deduplicate,
                                      resolution=models.resolution(folder), cache=CACHE)
@@ -124,8 +128,7 @@ class Shared:
     @property
     def share(self) -> Share:
         """This process's part in filling the cache."""
-        return Share(self.accelerator.process_index, self.accelerator.num_processes,
-                     self.accelerator.wait_for_everyone)
+        return Share(self.processes.index, self.processes.count, self.processes.wait)
 
     def unet(self, weights: Weights) -> UNet2DConditionModel:
         """A UNet to sample from, in the precision of the frozen models."""
@@ -137,6 +140,11 @@ class Shared:
             self._forward = cost.unet_flops(self.pipe.unet, latent_shape(self.pipe.unet),
                                             self.pipe.tokenizer.model_max_length)
         return self._forward
+
+    @cached_property
+    def vae_flops(self) -> tuple[int, int]:
+        """Operations of encoding and of decoding one image."""
+        return cost.vae_flops(self.pipe.vae, latent_shape(self.pipe.unet))
 
     def score(self, model: Model, prompt_set: str, guidance: float, images: Path | None = None,
               scores: Path | None = None) -> tuple[pd.DataFrame, Path]:
@@ -152,33 +160,50 @@ class Shared:
                      "prompts": fingerprint(prompts.prompts), "guidance": guidance, "steps": settings.steps,
                      "scheduler": settings.scheduler, "seeds": settings.seeds}
         drawn = Stage(images or CACHE / f"images-{fingerprint(made_from)}", made_from)
-        name = f"iter{model.iteration}/images/{prompt_set}-g{guidance:g}"
-        if not drawn.done:
-            count = len(prompts) * len(settings.seeds)
-            decode = cost.vae_flops(self.pipe.vae, latent_shape(self.pipe.unet))[1]
-            flops = cost.sampling_flops(self.forward_flops(), decode, count, steps=settings.steps,
-                                        guidance=guidance)
-            with timed(drawn, name, images=count, flops=flops) as folder:
-                pixels = sample(self.pipe, prompts.prompts, guidance=guidance, steps=settings.steps,
-                                seeds=settings.seeds, scheduler=settings.scheduler,
-                                batch_size=settings.batch_size, unet=self.unet(model.weights),
-                                description=f"sampling {label}")
-                evaluate.write_images(folder, pixels, prompts.ids, settings.seeds)
-        return self._scored(model, prompt_set, guidance, drawn, scores), drawn.directory
+        rows = keys(prompts.prompts, settings.seeds)
+        batches = pieces.batches(len(rows), settings.batch_size)
 
-    def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage,
-                scores: Path | None) -> pd.DataFrame:
+        def prepare() -> pieces.Make:
+            sampler = Sampler(self.pipe, guidance=guidance, steps=settings.steps, scheduler=settings.scheduler,
+                              unet=self.unet(model.weights))
+
+            def draw(number: int, folder: Path) -> None:
+                batch = slice(batches[number].start, batches[number].stop)
+                paths = evaluate.image_paths(folder, prompts.ids, settings.seeds)
+                evaluate.write_images(paths[batch], sampler(rows[batch]))
+
+            return draw
+
+        flops = cost.sampling_flops(self.forward_flops(), self.vae_flops[1], len(rows), steps=settings.steps,
+                                    guidance=guidance)
+        pieces.divided(drawn, self.processes, f"iter{model.iteration}/images/{prompt_set}-g{guidance:g}", batches,
+                       prepare, description=f"sampling {label}", images=len(rows), flops=flops)
+        return self._scored(model, prompt_set, guidance, drawn, scores, f"scoring {label}"), drawn.directory
+
+    def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None,
+                description: str) -> pd.DataFrame:
         prompts, seeds = self.prompt_sets[prompt_set], self.suite.evaluation.seeds
         made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "judge": self.judge_info(),
                      "prompt_set": prompt_set}
         stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
-        if not stage.done:
-            name = f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}"
-            with timed(stage, name, images=len(prompts) * len(seeds)) as folder:
-                pixels = evaluate.read_images(drawn.directory, prompts.ids, seeds)
-                rows = evaluate.evaluate(pixels, prompts, seeds, self.scorers, run="", method=model.method,
-                                         iteration=model.iteration, prompt_set=prompt_set, guidance=guidance)
-                rows.to_parquet(folder / "scores.parquet", index=False)
+        rows = keys(prompts.prompts, seeds)
+        blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
+
+        def score(number: int, folder: Path) -> None:
+            block = slice(blocks[number].start, blocks[number].stop)
+            paths = evaluate.image_paths(drawn.directory, prompts.ids, seeds)[block]
+            values = self.scorers.score(evaluate.read_images(paths), [prompt for _, prompt in rows[block]])
+            write_table(pieces.path(folder, number, ".parquet"), pd.DataFrame(values))
+
+        def join(folder: Path) -> None:
+            parts = [pd.read_parquet(pieces.path(folder, number, ".parquet")) for number in range(len(blocks))]
+            values = {str(name): column.to_numpy() for name, column in pd.concat(parts).items()}
+            identity = {"run": "", "method": model.method, "iteration": model.iteration, "prompt_set": prompt_set,
+                        "guidance": float(guidance)}
+            write_table(folder / "scores.parquet", evaluate.table_rows(values, prompts.ids, seeds, identity))
+
+        pieces.divided(stage, self.processes, f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}", blocks,
+                       lambda: score, join, description, images=len(rows))
         return pd.read_parquet(stage.directory / "scores.parquet")
 
     def judge_info(self) -> dict[str, Any] | None:
@@ -186,16 +211,30 @@ class Shared:
 
 
 @contextmanager
-def timed(stage: Stage, name: str, earlier: float = 0.0, **counts: int) -> Iterator[Path]:
+def timed(stage: Stage, processes: Processes, name: str, earlier: float = 0.0,
+          **counts: int) -> Iterator[Path | None]:
     """Fill a stage and leave in it what it cost: seconds, and the counts given (pairs, images, flops).
 
-    `earlier` are the seconds of a process that was stopped and whose work is gone on with.
+    `earlier` are the seconds of a process that was stopped and whose work is gone on with. The main process is given
+    the folder to fill, the others None; all leave when the stage is done.
     """
-    with stage.fresh() as folder:
-        started = time.perf_counter()
-        yield folder
-        spent = {"name": name, "seconds": round(earlier + time.perf_counter() - started, 3), **counts}
-        atomic_write(folder / "cost.json", json.dumps(spent))
+    if processes.main:
+        with stage.fresh() as folder:
+            started = time.perf_counter()
+            yield folder
+            spent = {"name": name, "seconds": round(earlier + time.perf_counter() - started, 3), **counts}
+            atomic_write(folder / "cost.json", json.dumps(spent))
+    else:
+        yield None
+    processes.wait()
+    processes.expect(lambda: stage.done, stage.directory)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a parquet file that appears whole."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    atomic_write(path, buffer.getvalue())
 
 
 def link_tree(source: Path, target: Path, names: Sequence[str]) -> None:

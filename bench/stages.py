@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +21,20 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def temporary(path: Path) -> Path:
+    """A hidden name beside `path` for what is not finished; it says which process on which host writes there."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.tmp")
+
+
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
+    unfinished = temporary(path)
+    with open(unfinished, "wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    os.replace(unfinished, path)
 
 
 class Stage:
@@ -54,14 +60,25 @@ class Stage:
     @contextmanager
     def fresh(self) -> Iterator[Path]:
         """Yield an empty folder to fill; on success it becomes `directory`, on any failure it is removed."""
-        temporary = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        folder = temporary(self.directory)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         try:
-            yield temporary
-            marker = {"hash": self.hash, "inputs": self.inputs}
-            atomic_write(temporary / MARKER, json.dumps(marker, indent=1, default=str))
-            shutil.rmtree(self.directory, ignore_errors=True)
-            os.replace(temporary, self.directory)
+            yield folder
+            self.finish(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def unfinished(self, layout: Any) -> Path:
+        """Where work is kept that goes on after a kill; `layout` is how it is divided, which must stay the same."""
+        return self.directory.with_name(f".{self.directory.name}.{fingerprint([self.hash, layout])}.part")
+
+    def finish(self, folder: Path) -> None:
+        """Put the marker into a filled folder and make it `directory`."""
+        marker = {"hash": self.hash, "inputs": self.inputs}
+        atomic_write(folder / MARKER, json.dumps(marker, indent=1, default=str))
+        if self.done:  # another run has made the same thing in the meantime, and may be reading it
+            shutil.rmtree(folder)
+            return
+        shutil.rmtree(self.directory, ignore_errors=True)
+        os.replace(folder, self.directory)

@@ -186,8 +186,8 @@ def test_prompts_are_cached_by_weights_and_text(tiny_pipeline, tmp_path, monkeyp
     prompts = ["a cat", "dog", "a cat"]
     first = cached_prompts(tmp_path, {"weights": "w"}, tiny_pipeline, prompts)
     with monkeypatch.context() as patch:
-        encode = cache._encode_prompt_batch
-        patch.setattr(cache, "_encode_prompt_batch",
+        encode = cache.encode_prompt_batch
+        patch.setattr(cache, "encode_prompt_batch",
                       lambda pipe, texts: encode(pipe, texts) if texts == [""] else pytest.fail("encoded again"))
         again = cached_prompts(tmp_path, {"weights": "w"}, tiny_pipeline, prompts)
     for name in ("table", "index", "null"):

@@ -22,6 +22,7 @@ from bench.export import export_run
 from bench.shared import Shared
 from bench.suites import load_suite
 
+SPIN = "run --suite tiny.yaml --method spin --iters 2"
 ORDER = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
 
 
@@ -190,7 +191,8 @@ def test_resume_refuses_other_settings(here, capsys, option, said):
 
 def test_resume_does_nothing_twice(here, monkeypatch):
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "sample", None)
+    monkeypatch.setattr(experiment, "Sampler", None)
+    monkeypatch.setattr("bench.shared.Sampler", None)
     run = run_of("spin")
     before = scores_of(run.folder)
     assert bench(f"run --resume {run.id}") == 0
@@ -202,7 +204,7 @@ def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeyp
     run = run_of("sft")
     assert scores_of(run.folder)["metric"].str.startswith("judge/").all()
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "sample", None)
+    monkeypatch.setattr("bench.shared.Sampler", None)
     assert bench(f"run --resume {run.id} --set metrics=[darkness] --set judge=null") == 0
     assert list(json.loads((run.folder / "protocol.json").read_text())["metrics"]) == ["darkness"]
     assert runs.load(run.id).suite.metrics == ["darkness"]
@@ -226,9 +228,9 @@ def test_opponents_are_new_each_iteration_and_differ_where_prompts_repeat(elsewh
     monkeypatch.setattr(PreferenceData, "prompts", ["a red cat"] * 12)
     shared = Shared(load_suite("tiny.yaml"))
     run = runs.Run("x", "spin", 0, 2, shared.suite)
-    made = [Experiment(run, shared).losers(iteration, shared.base, np.arange(3)) for iteration in (1, 1, 2)]
-    assert np.array_equal(made[0], made[1])
-    assert len(np.unique(np.concatenate([made[0], made[2]]).reshape(6, -1), axis=0)) == 6
+    first, again, second = (Experiment(run, shared).opponent_keys(k, np.arange(3)) for k in (1, 1, 2))
+    assert first == again
+    assert len({*first, *second}) == 6 and {prompt for _, prompt in first} == {"a red cat"}
 
 
 def test_each_iteration_samples_only_the_losers_it_trains_on(here):
@@ -261,27 +263,70 @@ def test_interrupting_says_how_to_go_on_and_going_on_ends_the_same(here, elsewhe
     pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
 
 
-def test_killed_twice_and_resumed_the_table_is_the_same(here, elsewhere, monkeypatch):
-    """kill -9 at the end of training iteration 2, and again, resumed, while its samples are drawn."""
-    def killed_in(stage: str, line: str) -> None:
-        done = subprocess.run([sys.executable, tiny_bench.__file__, *line.split()], capture_output=True,
-                              env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
-                                   "TINY_BENCH_DIES_IN": stage})
-        assert done.returncode == -signal.SIGKILL, done.stderr
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment})
 
-    killed_in("iter2", "run --suite tiny.yaml --method spin --iters 2")
+
+def history_of(folder: Path) -> pd.DataFrame:
+    return pd.read_parquet(folder / "history.parquet").drop(columns=["pairs_per_s", "images_per_s"])
+
+
+def test_killed_in_every_stage_and_resumed_the_table_is_the_same(here, elsewhere, monkeypatch):
+    """kill -9 while opponents are sampled, after training, while images are drawn and while they are scored."""
+    places = [r"/\.opponent2\..*/000001\.json$", r"runs/[^/]+/iter2$", r"g3/\.iter2\..*/000002\.json$",
+              r"/\.scores2-test-g3\..*/000000\.json$"]
+    done = start(tiny_bench.__file__, *SPIN.split(), TINY_BENCH_KILLED_BEFORE=json.dumps(places))
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places), done.stderr
     run = run_of("spin")
-    assert (run.folder / "stages" / "opponent2" / "stage.json").exists()
-    assert not (run.folder / "iter2").exists()
-    assert list(run.folder.glob(".iter2.*.tmp"))
-    killed_in("g3/iter2", f"run --resume {run.id}")
     assert (run.folder / "iter2" / "stage.json").exists()
+    assert (run.folder / "images" / "test" / "g3" / "iter2" / "stage.json").exists()
     assert not runs.finished(run.folder)
+    assert list(run.folder.rglob(".*.part"))
     assert bench(f"run --resume {run.id}") == 0
-    assert not list(run.folder.rglob(".*.tmp"))
-    resumed = scores_of(run.folder)
-    history = pd.read_parquet(run.folder / "history.parquet").drop(columns=["pairs_per_s", "images_per_s"])
+    assert not [*run.folder.rglob(".*.tmp"), *run.folder.rglob(".*.part"), *run.folder.rglob("pieces")]
+    resumed, history = scores_of(run.folder), history_of(run.folder)
     monkeypatch.chdir(here)
-    pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
-    undisturbed = pd.read_parquet(run_of("spin").folder / "history.parquet")
-    pd.testing.assert_frame_equal(history, undisturbed[history.columns])
+    pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder), check_exact=True)
+    pd.testing.assert_frame_equal(history, history_of(run_of("spin").folder), check_exact=True)
+
+
+def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch):
+    """Equal to the last bit, since each process's share of a training batch is one micro-batch."""
+    done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_bench.__file__,
+                 *SPIN.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "report.html"
+    assert "1 of 2 processes" in done.stderr
+    run = run_of("spin")  # the only one
+    assert runs.finished(run.folder)
+    assert not [*run.folder.rglob(".*.tmp"), *run.folder.rglob(".*.part"), *run.folder.rglob("pieces")]
+    scores, history = pd.read_parquet(run.folder / "scores.parquet").drop(columns="run"), history_of(run.folder)
+    losers = np.load(run.folder / "stages" / "opponent1" / "latents.npy")
+    monkeypatch.chdir(here)
+    alone = run_of("spin").folder
+    np.testing.assert_array_equal(losers, np.load(alone / "stages" / "opponent1" / "latents.npy"))
+    pd.testing.assert_frame_equal(history, history_of(alone), check_exact=True)
+    pd.testing.assert_frame_equal(scores, pd.read_parquet(alone / "scores.parquet").drop(columns="run"),
+                                  check_exact=True)
+
+
+@pytest.mark.parametrize("setting", ["steps=3", "guidance=2.0", "roundtrip=true", "batch_size=2"])
+def test_what_an_opponent_is_made_with_decides_whether_it_is_made_again(elsewhere, setting):
+    made = []
+    for settings in ([], [f"opponent.{setting}"]):
+        shared = Shared(load_suite("tiny.yaml", settings))
+        run = runs.Run("x", "spin", 0, 1, shared.suite)
+        made.append(Experiment(run, shared).opponent(1, shared.base))
+        made[-1] = made[-1].hash, np.load(made[-1].directory / "latents.npy")
+    (first, before), (second, after) = made
+    assert (first == second) == np.array_equal(before, after) == (setting == "batch_size=2")
+
+
+def test_batches_of_the_opponent_hold_each_row_once_and_are_not_small():
+    keys = [(seed, f"{row}") for seed, rows in enumerate([70, 20, 7, 5, 3, 2, 1]) for row in range(rows)]
+    few, many = keys[:-3], keys + [(seed, "x") for seed in range(10, 80)]
+    assert [len(batch) for batch in experiment.opponent_batches(few, 32)] == [32, 32, 6, 20, 7, 5, 3]
+    batches = experiment.opponent_batches(many, 32)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(many)))
+    assert [len(batch) for batch in batches] == [32, 32, 20, 32, 32, 30]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_pipeline, make_unet
 
+from bench.cache import encode_images
 from bench.errors import UsageError
 from bench.sample import SCHEDULERS, initial_latents, latent_shape, sample, sample_batches
 from bench.seeding import derive
@@ -93,6 +94,15 @@ def test_half_precision_models_keep_fp32_latents():
     latents = sample(pipe, PROMPTS, **options)
     assert latents.dtype == np.float32
     assert np.abs(latents - sample(PIPE, PROMPTS, **options)).mean() < 0.1
+
+
+def test_the_round_trip_goes_through_images_of_eight_bits():
+    options = {"guidance": 1.0, "steps": 2, "seeds": [1]}
+    images = sample(PIPE, PROMPTS, **options)
+    recoded = sample(PIPE, PROMPTS, output="roundtrip", **options)
+    np.testing.assert_array_equal(recoded, encode_images(PIPE.vae, lambda rows: images[rows], len(PROMPTS)))
+    latents = sample(PIPE, PROMPTS, output="latents", **options)
+    assert recoded.shape == latents.shape and np.abs(recoded - latents).max() > 0.1
 
 
 def test_batches_come_one_by_one():

@@ -65,6 +65,7 @@ class Opponent(Section):
     steps: int = Field(ge=1)
     scheduler: Scheduler = "ddim"
     batch_size: int = Field(64, ge=1)
+    roundtrip: bool = False
 
 
 class Prompts(Section):
