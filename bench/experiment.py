@@ -182,7 +182,7 @@ class Experiment:
         self.history.append(rows)
         write_table(self.run.folder / "history.parquet", self.history)
         self.done.append(stage.directory)
-        write_cost(self.run, self.done, self.shared.device)
+        write_cost(self.run, self.done, self.shared)
 
     def evaluate(self, model: Model) -> None:
         """Add a model's scores on every prompt set and guidance to scores.parquet, its images to the run."""
@@ -202,7 +202,7 @@ class Experiment:
                     self.done += [images, stage]
                 self.scores.append(rows.assign(run=self.run.id))
         write_table(self.run.folder / "scores.parquet", self.scores)
-        write_cost(self.run, self.done, self.shared.device)
+        write_cost(self.run, self.done, self.shared)
 
 
 def write_table(path: Path, parts: Sequence[pd.DataFrame]) -> None:

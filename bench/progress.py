@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+_silent = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars within the block: for measurements, which drawing them would disturb."""
+    global _silent
+    outer, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = outer
 
 
 def track(iterable: Iterable[T] | None = None, description: str = "", total: int | None = None,
@@ -18,7 +31,7 @@ def track(iterable: Iterable[T] | None = None, description: str = "", total: int
     Where stderr is not a terminal the bar is redrawn rarely, so that log files stay short.
     """
     bar = tqdm(iterable, desc=description, total=total, unit=unit, initial=initial,
-               dynamic_ncols=True, mininterval=0.2)
-    if not bar.fp.isatty():
+               dynamic_ncols=True, mininterval=0.2, disable=_silent)
+    if not _silent and not bar.fp.isatty():
         bar.mininterval = 10.0
     return bar

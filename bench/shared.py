@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,11 +22,14 @@ from diffusers import UNet2DConditionModel
 from bench import cost, evaluate, models
 from bench.cache import Embeddings, cached_latents, cached_prompts
 from bench.data import load_pairs, load_prompts
+from bench.meter import metered
+from bench.progress import quiet
 from bench.runs import CACHE
 from bench.sample import latent_shape, sample
 from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Suite
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +65,8 @@ class Shared:
         self.scorers = evaluate.Scorers.load(suite.metrics, suite.judge, suite.metric_options,
                                              str(self.device))
         self._forward: int | None = None
+        self._scoring: int | None = None
+        self.common: dict[str, Path] = {}  # what all runs share, by name: folders that hold what it cost
 
     @property
     def device(self) -> torch.device:
@@ -76,11 +80,26 @@ class Shared:
     def latents(self, side: str) -> np.ndarray:
         """Latents of all "winners" or "losers" `[N, C, h, w]`, encoded once."""
         images = {"winners": self.pairs.winners, "losers": self.pairs.losers}[side]
-        return cached_latents(CACHE, {**self.data_key, "side": side}, self.pipe.vae, images, len(self.pairs))
+        key, count = {**self.data_key, "side": side}, len(self.pairs)
+        encode = cost.vae_flops(self.pipe.vae, latent_shape(self.pipe.unet))[0]
+        return self._charged(f"encode/{side}", key, {"images": count, "flops": count * encode},
+                             lambda: cached_latents(CACHE, key, self.pipe.vae, images, count))
 
     def embeddings(self) -> Embeddings:
         """Embeddings of all training prompts, encoded once."""
-        return cached_prompts(CACHE, self.data_key, self.pipe, self.pairs.prompts)
+        key, count = {**self.data_key, "side": "prompts"}, len(set(self.pairs.prompts))
+        encode = cost.text_flops(self.pipe.text_encoder, self.pipe.tokenizer.model_max_length)
+        return self._charged("encode/prompts", key, {"prompts": count, "flops": count * encode},
+                             lambda: cached_prompts(CACHE, self.data_key, self.pipe, self.pairs.prompts))
+
+    def _charged(self, name: str, key: dict[str, str], counts: dict[str, int], encode: Callable[[], T]) -> T:
+        """Do what goes through the cache, and keep what it cost the first time for every run that uses it."""
+        ledger = Stage(CACHE / f"cost-{fingerprint(key)}", key)
+        self.common[name] = ledger.directory
+        if ledger.done:
+            return encode()
+        with timed(ledger, name, **counts):
+            return encode()
 
     def unet(self, weights: Weights) -> UNet2DConditionModel:
         """A UNet to sample from, in the precision of the frozen models."""
@@ -92,6 +111,13 @@ class Shared:
             self._forward = cost.unet_flops(self.pipe.unet, latent_shape(self.pipe.unet),
                                             self.pipe.tokenizer.model_max_length)
         return self._forward
+
+    def scoring_flops(self, prompt: str) -> int:
+        """Operations of all scorers for one image, counted on a black one."""
+        if self._scoring is None:
+            with quiet():
+                self._scoring = cost.flops(lambda: self.scorers.score(np.zeros((1, 64, 64, 3), np.uint8), [prompt]))
+        return self._scoring
 
     def score(self, model: Model, prompt_set: str, guidance: float, images: Path | None = None,
               scores: Path | None = None) -> tuple[pd.DataFrame, Path]:
@@ -119,6 +145,8 @@ class Shared:
                                 batch_size=settings.batch_size, unet=self.unet(model.weights),
                                 description=f"sampling {label}")
                 evaluate.write_images(folder, pixels, prompts.ids, settings.seeds)
+        if images is None:
+            self.common[name] = drawn.directory
         return self._scored(model, prompt_set, guidance, drawn, scores), drawn.directory
 
     def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage,
@@ -127,9 +155,12 @@ class Shared:
         made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "judge": self.judge_info(),
                      "prompt_set": prompt_set}
         stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
+        name, count = f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}", len(prompts) * len(seeds)
+        if scores is None:
+            self.common[name] = stage.directory
         if not stage.done:
-            name = f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}"
-            with timed(stage, name, images=len(prompts) * len(seeds)) as folder:
+            flops = count * self.scoring_flops(prompts.prompts[0])
+            with timed(stage, name, images=count, flops=flops) as folder:
                 pixels = evaluate.read_images(drawn.directory, prompts.ids, seeds)
                 rows = evaluate.evaluate(pixels, prompts, seeds, self.scorers, run="", method=model.method,
                                          iteration=model.iteration, prompt_set=prompt_set, guidance=guidance)
@@ -142,12 +173,11 @@ class Shared:
 
 @contextmanager
 def timed(stage: Stage, name: str, **counts: int) -> Iterator[Path]:
-    """Fill a stage and leave in it what it cost: seconds, and the counts given (pairs, images, flops)."""
+    """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops)."""
     with stage.fresh() as folder:
-        started = time.perf_counter()
-        yield folder
-        spent = {"name": name, "seconds": round(time.perf_counter() - started, 3), **counts}
-        atomic_write(folder / "cost.json", json.dumps(spent))
+        with metered() as spent:
+            yield folder
+        atomic_write(folder / "cost.json", json.dumps({"name": name, **spent, **counts}))
 
 
 def link_tree(source: Path, target: Path, names: Sequence[str]) -> None:
