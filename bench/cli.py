@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bench import __version__
+from bench import __version__, cost_commands
 from bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -303,6 +303,11 @@ def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: 
 
     sample_folder(model, chosen, output, guidance=guidance, steps=steps, seeds=seeds, batch_size=batch_size)
     click.echo(str(output))
+
+
+cli.add_command(cost_commands.plan)
+cli.add_command(cost_commands.perf)
+cli.add_command(cost_commands.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,9 @@
 """Peak memory before anything is loaded: a pass is simulated on tensors without storage, and what lives is summed.
 
 Counted are tensors. Not counted: what the allocator wastes, the workspaces of cuDNN and oneDNN, the CUDA context and
-Python with its libraries; on a GPU leave 1 to 2 GB for those, on a processor about 0.7 GB.
+Python with its libraries; on a GPU leave 1 to 2 GB for those, on a processor about 0.7 GB. On the miniature the sum
+is within 1 % of what torch allocates (measured with its profiler, fp32), and resident memory grows by a third more.
+Half precision and GPUs are not checked against a measurement.
 """
 
 from __future__ import annotations

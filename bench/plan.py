@@ -34,6 +34,9 @@ ROW = 40  # bytes of one score in parquet
 EXAMPLE = load_prompts("world:test", 1).prompts[0]  # a caption that every scorer can read, the exact judge too
 
 
+UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage: how many of what, operations, peak bytes on the device, bytes left on disk."""
@@ -277,7 +280,8 @@ def as_record(made: Plan, card: Card, mfu: float, gpus: int) -> dict[str, Any]:
                         "flops": "two per multiply-add; matrix products, convolutions and attention, counted by "
                                  "torch's FlopCounterMode on the models' shapes",
                         "memory": "tensors alive at once in a simulated pass, per device; without allocator waste, "
-                                  "workspaces, CUDA context (1 to 2 GB) or Python (about 0.7 GB)"},
+                                  "workspaces (a third more, resident, on the miniature), CUDA context (1 to 2 GB) or "
+                                  "Python (about 0.7 GB)"},
         "stages": [{**asdict(stage), **priced(stage.flops)} for stage in made.stages],
         "total": total, "notes": list(made.notes)}
 
@@ -285,10 +289,11 @@ def as_record(made: Plan, card: Card, mfu: float, gpus: int) -> dict[str, Any]:
 def as_text(record: dict[str, Any]) -> str:
     """The table, the assumptions it stands on, and what does not fit."""
     assumed, total = record["assumptions"], record["total"]
-    rows = [("stage", "amount", "TFLOP", "GPU-hours", "peak GB", "disk GB")]
+    size, unit = next((unit for unit in UNITS if total["flops"] >= unit[0]), UNITS[-1])
+    rows = [("stage", "amount", unit, "GPU-hours", "peak GB", "disk GB")]
     for stage in record["stages"]:
-        rows.append((stage["name"], f"{stage['count']:,} {stage['unit']}", *_figures(stage)))
-    rows.append(("total", "", *_figures(total)))
+        rows.append((stage["name"], f"{stage['count']:,} {stage['unit']}", *_figures(stage, size)))
+    rows.append(("total", "", *_figures(total, size)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
@@ -303,8 +308,8 @@ def as_text(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"Note: {note}" for note in record["notes"])])
 
 
-def _figures(row: dict[str, Any]) -> tuple[str, ...]:
-    return (_number(row["flops"] / 1e12), _number(row["gpu_hours"]), _number(row["peak_memory_bytes"] / 1e9),
+def _figures(row: dict[str, Any], size: float) -> tuple[str, ...]:
+    return (_number(row["flops"] / size), _number(row["gpu_hours"]), _number(row["peak_memory_bytes"] / 1e9),
             _number(row["disk_bytes"] / 1e9))
 
 

@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 
-from bench.errors import UsageError
 from bench.progress import quiet, track
 from bench.stages import atomic_write
 
 MATMUL = {"cpu": 1536, "cuda": 8192}  # side of the square matrices whose product shows the device's peak
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
-SUFFIXES = (".csv", ".json")
 Row = dict[str, Any]
 
 
@@ -96,12 +94,6 @@ def render(record: Mapping[str, Any], layout: str) -> str:
                        for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in cells]
     told = {name: value for name, value in record["protocol"].items() if name not in ("versions", "git_commit")}
     return "\n".join([*lines, "", *(f"{name}: {_cell(value)}" for name, value in told.items())])
-
-
-def check_output(path: Path | None) -> None:
-    """Refuse a file name before the measurement rather than after."""
-    if path and path.suffix not in SUFFIXES:
-        raise UsageError(f"-o {path}: measurements are written as {' or '.join(SUFFIXES)}")
 
 
 def write(record: Mapping[str, Any], path: Path) -> None:
