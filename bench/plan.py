@@ -94,6 +94,7 @@ class Planner:
         self.models: Architecture = architecture(suite.model.weights)
         self.shape, self.tokens = latent_shape(self.models.unet), self.models.tokens
         self.notes: list[str] = []
+        self.peaks: dict[tuple[int, bool, bool], int] = {}  # of training steps; iterations mostly share one
 
     @cached_property
     def forward(self) -> int:
@@ -173,10 +174,16 @@ class Planner:
         samples, images = steps * settings.batch_size, 2 if paired else 1
         flops = samples * images * (self.forward_and_backward + (self.forward if reference else 0))
         micro = min(settings.micro_batch, settings.batch_size)
-        peak = memory.training_bytes(self.models.unet, self.shape, self.tokens, micro * images, dtype=self.dtype,
-                                     reference=reference, accumulate=settings.batch_size > micro)
+        peak = self.training_peak(micro * images, reference, settings.batch_size > micro)
         return StagePlan(name, samples, "pairs" if paired else "images", flops, self.resident + peak,
                          memory.parameter_bytes(self.models.unet))
+
+    def training_peak(self, rows: int, reference: bool, accumulate: bool) -> int:
+        key = rows, reference, accumulate
+        if key not in self.peaks:
+            self.peaks[key] = memory.training_bytes(self.models.unet, self.shape, self.tokens, rows, dtype=self.dtype,
+                                                    reference=reference, accumulate=accumulate)
+        return self.peaks[key]
 
     def sampling(self, models: int) -> StagePlan:
         """Images of the base and of every iteration, for all prompt sets, guidance scales and seeds."""
