@@ -27,7 +27,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 
-# At equal pairs every method is read off after 100, 200 and 300 steps; SFT also where its training FLOPs equal those of
+# On all 500 test prompts. At equal pairs every method is read off after 100, 200 and 300 steps; SFT also where its training FLOPs equal those of
 # one and of three SPIN iterations (8/3 of its images). The search of the learning rates is `python -m bench.search`.
 SEEDS ?= 0 1 2
 SFT_LR ?= 3e-4
@@ -35,6 +35,7 @@ DPO = lr: 2e-5, beta: 300
 MEASURED := results/measured/mini_comparison.csv
 measure: $(STAMP)
 	for seed in $(SEEDS); do $(BIN)/bench run --method all --iters 3 --seed $$seed \
+	  --set "evaluation.prompt_sets={test: {prompts: 'world:test'}}" \
 	  --set "methods.sft.iterations=[{steps: 100, lr: $(SFT_LR)}, {steps: 100, lr: $(SFT_LR)}, {steps: 67, \
 	  lr: $(SFT_LR)}, {steps: 33, lr: $(SFT_LR)}, {steps: 500, lr: $(SFT_LR)}]" \
 	  --set "methods.diffusion_dpo.iterations=[{steps: 100, $(DPO)}, {steps: 100, $(DPO)}, {steps: 100, $(DPO)}]" \

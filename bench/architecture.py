@@ -12,16 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench import models
 from bench.errors import BenchError
+from bench.random_weights import PREFIX, configurations, is_random
 
-SD15_NAMES = ("random:sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")
-BLOCKS = 4
-SD15: dict[str, dict[str, Any]] = {  # its published configuration files, as far as they differ from the defaults
-    "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "vae": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * BLOCKS, "up_block_types": ("UpDecoderBlock2D",) * BLOCKS},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                     "num_attention_heads": 12, "vocab_size": 49408, "max_position_embeddings": 77},
-}
+SD15_NAMES = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")
+PARTS = ("unet", "vae", "text_encoder")
 
 
 class Architecture(NamedTuple):
@@ -46,15 +40,15 @@ class Architecture(NamedTuple):
 
 
 def architecture(weights: str) -> Architecture:
-    """Of "mini", a pipeline folder, or a hub id; of the latter only the small configuration files are read.
+    """Of whatever `model.weights` may name; of a hub id only the small configuration files are read.
 
     SD-1.5 is known by name, so it can be planned for where it is not at hand.
     """
-    if weights in SD15_NAMES:
-        configs = SD15
+    if is_random(weights) or weights in SD15_NAMES:
+        configs = configurations(weights if is_random(weights) else PREFIX)
     else:
         folder = models.weights_folder(weights) if _is_local(weights) else _hub_configs(weights)
-        configs = {part: _read(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")}
+        configs = {part: _read(folder / part / "config.json") for part in PARTS}
     with torch.device("meta"):
         return Architecture(UNet2DConditionModel.from_config(configs["unet"]),
                             AutoencoderKL.from_config(configs["vae"]),

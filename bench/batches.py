@@ -18,17 +18,19 @@ from torch import Tensor
 from bench.cache import Embeddings
 from bench.errors import BenchError
 from bench.seeding import SPAN, derive, normal
+from bench.shards import Rows
 
 
 @dataclass(frozen=True)
 class TrainData:
     """Latents of winners and losers `[N, C, h, w]`, scaled as the UNet sees them, and their prompts.
 
-    The arrays may be memory-mapped. Row i of each belongs to the same pair; `losers` is None for SFT.
+    With horizontal flips `[N, 2, C, h, w]`: of every image as it is, and mirrored. The arrays may be
+    memory-mapped. Row i of each belongs to the same pair; `losers` is None for SFT.
     """
 
-    winners: np.ndarray
-    losers: np.ndarray | None
+    winners: np.ndarray | Rows
+    losers: np.ndarray | Rows | None
     prompts: Embeddings
 
     def __post_init__(self) -> None:
@@ -39,6 +41,21 @@ class TrainData:
 
     def __len__(self) -> int:
         return len(self.winners)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """C, h, w."""
+        return self.winners.shape[-3:]
+
+    def latents(self, samples: np.ndarray, paired: bool, seed: int, step: int) -> np.ndarray:
+        """Latents fp32 of winners `[b, C, h, w]`, or `[2b, C, h, w]` with their losers below them.
+
+        Winner and loser of a pair are mirrored together: what tells them apart must not be that text in one of
+        them is reversed.
+        """
+        sides = (self.winners, self.losers) if paired else (self.winners,)
+        rows = (samples,) if self.winners.ndim == 4 else (samples, flips(seed, step, samples))
+        return np.concatenate([side[rows] for side in sides]).astype(np.float32, copy=False)
 
 
 class Batch(NamedTuple):
@@ -84,14 +101,18 @@ def draw(seed: int, step: int, samples: np.ndarray, shape: tuple[int, ...], time
     )
 
 
+def flips(seed: int, step: int, samples: np.ndarray) -> np.ndarray:
+    """1 for every sample that is mirrored in a step, else 0, int64 [b]: a fair coin."""
+    return np.array([derive("flip", seed, step, sample) % 2 for sample in samples.tolist()], dtype=np.int64)
+
+
 def micro_batches(data: TrainData, samples: np.ndarray, *, paired: bool, seed: int, step: int,
                   micro_batch: int, alpha_bar: Tensor, prompt_dropout: float) -> Iterator[Batch]:
     """Yield a step's samples in micro-batches on the device of `alpha_bar` (fp32 `[T]`)."""
     for start in range(0, len(samples), micro_batch):
         chosen = samples[start:start + micro_batch]
-        draws = draw(seed, step, chosen, data.winners.shape[1:], len(alpha_bar), prompt_dropout)
-        sides = (data.winners, data.losers) if paired else (data.winners,)
-        latents = np.concatenate([side[chosen] for side in sides]).astype(np.float32, copy=False)
+        draws = draw(seed, step, chosen, data.latent_shape, len(alpha_bar), prompt_dropout)
+        latents = data.latents(chosen, paired, seed, step)
         context = data.prompts.lookup(chosen, draws.dropped)
         yield _assemble(torch.from_numpy(latents), context, draws, alpha_bar)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,22 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 
 from bench.progress import track
-from bench.stages import Stage, fingerprint
+from bench.shards import ALONE, Rows, Share, Store, ahead
+from bench.stages import fingerprint
 
-LAYOUT = 1  # raise when the files or their meaning change, so that older caches are not read
+LAYOUT = 2  # raise when the files or their meaning change, so that older caches are not read
+PRECISIONS = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
 class Embeddings:
     """Text encoder outputs, each distinct prompt stored once.
 
-    `table` fp32 `[U, L, D]`; `index` int64 `[N]`, the table row of every prompt; `null` fp32 `[L, D]`, the
-    embedding of the empty prompt (classifier-free guidance and prompt dropout).
+    `table` fp32 or fp16 `[U, L, D]`, an array or rows on disk; `index` int64 `[N]`, the table row of every
+    prompt; `null` fp32 `[L, D]`, the embedding of the empty prompt (classifier-free guidance, prompt dropout).
     """
 
-    table: np.ndarray
+    table: np.ndarray | Rows
     index: np.ndarray
     null: np.ndarray
 
@@ -35,68 +36,77 @@ class Embeddings:
         return len(self.index)
 
     def lookup(self, samples: Sequence[int] | np.ndarray, dropped: np.ndarray | None = None) -> Tensor:
-        """Embeddings `[B, L, D]` of the given prompts, the null embedding where `dropped` is true."""
-        rows = np.array(self.table[self.index[samples]])
+        """Embeddings fp32 `[B, L, D]` of the given prompts, the null embedding where `dropped` is true."""
+        rows = np.array(self.table[self.index[samples]], dtype=np.float32)
         if dropped is not None:
             rows[dropped] = self.null
         return torch.from_numpy(rows)
 
+    def select(self, positions: np.ndarray) -> Embeddings:
+        """The embeddings of some of the prompts."""
+        return Embeddings(self.table, self.index[positions], self.null)
+
 
 def encode_images(vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarray], count: int,
-                  batch_size: int = 32, path: Path | None = None) -> np.ndarray:
-    """Encode images 0..count-1 to fp32 latents `[count, C, h, w]`, scaled as the UNet sees them.
+                  batch_size: int = 32) -> np.ndarray:
+    """Encode images 0..count-1 to fp32 latents `[count, C, h, w]` in memory, scaled as the UNet sees them.
 
-    `fetch(indices)` returns uint8 `[n, H, W, 3]`. A latent is the posterior's mean: one image always gives
-    one latent. With `path` the result is a memory-mapped .npy file, so it may be larger than memory.
+    `fetch(indices)` returns uint8 `[n, H, W, 3]`. A latent is the posterior's mean, not a sample of it: one
+    image always gives one latent, and Stable Diffusion's posterior is so narrow that nothing else is lost.
     """
-    batches = (range(start, min(start + batch_size, count)) for start in range(0, count, batch_size))
-    encoded = (_encode_image_batch(vae, fetch(batch)) for batch in batches)
-    return _collect(encoded, count, "encoding images", path)
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    encoded = (_encode_image_batch(vae, images) for images in ahead(fetch, batches))
+    return _collect(encoded, count, "encoding images")
 
 
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_size: int = 64,
-                   path: Path | None = None) -> Embeddings:
-    """Encode every distinct prompt once; longer prompts are cut at the text encoder's length."""
-    position = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    unique = list(position)
+def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_size: int = 64) -> Embeddings:
+    """Encode every distinct prompt once, in memory; longer prompts are cut at the text encoder's length."""
+    unique, index = _distinct(prompts)
     batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
     encoded = (_encode_prompt_batch(pipe, batch) for batch in batches)
-    table = _collect(encoded, len(unique), "encoding prompts", path)
-    index = np.array([position[prompt] for prompt in prompts], dtype=np.int64)
+    table = _collect(encoded, len(unique), "encoding prompts")
     return Embeddings(table, index, _encode_prompt_batch(pipe, [""])[0])
 
 
 def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
-                   fetch: Callable[[Sequence[int]], np.ndarray], count: int,
-                   batch_size: int = 32) -> np.ndarray:
-    """`encode_images` through a folder under `root`; `made_from` names all that decides the content.
+                   fetch: Callable[[Sequence[int]], np.ndarray], count: int, shape: Sequence[int], *,
+                   batch_size: int = 32, flip: bool = False, precision: str = "fp32",
+                   share: Share = ALONE) -> Rows:
+    """`encode_images` through a folder under `root`, each latent of `shape` C, h, w.
 
-    That is the fingerprints of the weights and of the images. The result is memory-mapped and read-only.
+    `made_from` names all that decides the content: the fingerprints of the weights and of the images. With
+    `flip` every image is encoded as it is and mirrored, `[count, 2, C, h, w]`: the encoder of a mirrored image
+    is not the mirrored latent. Images that `fetch` cannot read (bench.shards.BrokenRows) are in `broken`.
+    With several processes each encodes its `share`; all of them must call.
     """
-    stage = _stage(root, "latents", {**made_from, "count": count})
-    if not stage.done:
-        with stage.fresh() as folder:
-            encode_images(vae, fetch, count, batch_size, folder / "latents.npy")
-    return np.load(stage.directory / "latents.npy", mmap_mode="r")
+    def encode(images: np.ndarray) -> np.ndarray:
+        if not flip:
+            return _encode_image_batch(vae, images)
+        return np.stack([_encode_image_batch(vae, side) for side in (images, images[:, :, ::-1])], axis=1)
+
+    store = Store(root, "latents", {"layout": LAYOUT, "flip": flip, **made_from}, count,
+                  (2, *shape) if flip else shape, PRECISIONS[precision])
+    store.fill(fetch, encode, batch_size, "encoding images", share)
+    return store.read()
 
 
-def cached_prompts(root: Path, made_from: dict[str, Any], pipe: StableDiffusionPipeline,
-                   prompts: Sequence[str]) -> Embeddings:
+def cached_prompts(root: Path, made_from: dict[str, Any], pipe: StableDiffusionPipeline, prompts: Sequence[str], *,
+                   precision: str = "fp32", batch_size: int = 64, share: Share = ALONE) -> Embeddings:
     """`encode_prompts` through a folder under `root`; `made_from` names the weights (their fingerprint)."""
-    stage = _stage(root, "prompts", {**made_from, "prompts": fingerprint(list(prompts))})
-    if not stage.done:
-        with stage.fresh() as folder:
-            embeddings = encode_prompts(pipe, prompts, path=folder / "table.npy")
-            np.save(folder / "index.npy", embeddings.index)
-            np.save(folder / "null.npy", embeddings.null)
-    table = np.load(stage.directory / "table.npy", mmap_mode="r")
-    return Embeddings(table, np.load(stage.directory / "index.npy"), np.load(stage.directory / "null.npy"))
+    unique, index = _distinct(prompts)
+    null = _encode_prompt_batch(pipe, [""])[0]
+    made_from = {"layout": LAYOUT, **made_from, "prompts": fingerprint(unique)}
+    store = Store(root, "prompts", made_from, len(unique), null.shape, PRECISIONS[precision])
+    store.fill(lambda rows: [unique[row] for row in rows], lambda texts: _encode_prompt_batch(pipe, texts),
+               batch_size, "encoding prompts", share)
+    return Embeddings(store.read(), index, null)
 
 
-def _stage(root: Path, kind: str, made_from: dict[str, Any]) -> Stage:
-    """A folder per content, so that two suites share a cache without evicting each other."""
-    inputs = {"kind": kind, "layout": LAYOUT, **made_from}
-    return Stage(Path(root) / f"{kind}-{fingerprint(inputs)}", inputs)
+def _distinct(prompts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct prompts in order, and for every prompt its place among them, int64 [N]."""
+    position: dict[str, int] = {}
+    index = [position.setdefault(prompt, len(position)) for prompt in prompts]
+    return list(position), np.array(index, dtype=np.int64)
 
 
 @torch.inference_mode()
@@ -115,18 +125,13 @@ def _encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> n
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
 
 
-def _collect(batches: Iterable[np.ndarray], count: int, description: str, path: Path | None) -> np.ndarray:
-    """Fill one fp32 array, in memory or in a .npy file, from batches whose row shape the first one tells."""
-    allocate = partial(np.empty, dtype=np.float32)
-    if path is not None:
-        allocate = partial(np.lib.format.open_memmap, path, "w+", np.float32)
+def _collect(batches: Iterable[np.ndarray], count: int, description: str) -> np.ndarray:
+    """Fill one fp32 array from batches whose row shape the first one tells."""
     out, row = None, 0
     with track(description=description, total=count) as bar:
         for batch in batches:
-            out = allocate((count, *batch.shape[1:])) if out is None else out
+            out = np.empty((count, *batch.shape[1:]), np.float32) if out is None else out
             out[row:row + len(batch)] = batch
             row += len(batch)
             bar.update(len(batch))
-    if isinstance(out, np.memmap):
-        out.flush()
     return out

@@ -52,7 +52,8 @@ def cli() -> None:
               "samples; evaluation samples are seeded by the suite.  [default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
               help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.")
-@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started.")
+@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started; "
+              "with --set metrics=[...] other scorers read the images that are there.")
 @click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
 @click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
 @as_json
@@ -77,6 +78,7 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
         asked = {"method": method, "seed": seed, "iterations": iters}
         runs.refuse_changes(resumed, {name: value for name, value in asked.items() if value is not None}
                             | {"suite": wanted.model_dump()})
+        resumed = runs.rescored(resumed, wanted)
         finished = _execute(resumed.suite, [resumed], mongo, sql)
     else:
         chosen = load_suite(suite or "mini", settings)
@@ -112,7 +114,8 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
     from bench.experiment import Interrupted, execute
     from bench.shared import Shared
 
-    shared = Shared(suite)
+    methods = [plan["method"] if isinstance(plan, dict) else plan.method for plan in plans]
+    shared = Shared(suite, methods)
     finished = []
     for position, plan in enumerate(plans):
         current = runs.create(**plan) if isinstance(plan, dict) else plan
@@ -167,7 +170,8 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
 @click.argument("names", nargs=-1, metavar="[RUN]...")
 @click.option("--paper", type=int, metavar="N", help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its "
               "layout, published values beside the measured ones.")
-@click.option("--stat", default="mean", show_default=True, help="mean, median or winrate.")
+@click.option("--stat", default="mean", show_default=True, help="mean, median, winrate, or agreement: rank "
+              "correlations of the metrics with each other and with the exact judge.")
 @click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
               "the table, or METHOD[:ITERATION].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
@@ -183,8 +187,9 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
 
     Runs are those of results/runs; intervals are 95 %, bootstrapped and paired over prompts.
     """
-    from reports import load, tables
+    from reports import agreement, load, stats, tables
 
+    tables.one_of(stat, (*stats.STATS, agreement.STAT), "--stat")
     runs = load.load_runs([Path(name) for name in names] or None)
     if paper is not None:
         _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
@@ -194,6 +199,12 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
         click.echo(shown.rstrip("\n"))
         return
     chosen = metrics.split(",") if metrics else None
+    if stat == agreement.STAT:
+        if against:
+            raise UsageError("--against does not go with --stat agreement: it compares metrics, not models")
+        tidy = agreement.table(runs, prompt_set, guidance, chosen, protocol)
+        click.echo(agreement.render(tidy, layout).rstrip("\n"))
+        return
     tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
     click.echo(tables.render(tidy, layout).rstrip("\n"))
 
@@ -210,36 +221,51 @@ def _refuse_beside_paper(**given: Any) -> None:
               help="csv, jsonl or parquet with file_name and prompt, or txt with one prompt a line for the images in "
               "order of their names.  [default: metadata.jsonl or the like in the folder]")
 @click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  [default: the mini suite's]")
-@click.option("--weights", default="mini", show_default=True, help="mini or official, for all of them.")
+@click.option("--weights", help="mini or official, for all of them.  [default: mini, with --backend official official]")
 @click.option("--set", "settings", multiple=True, metavar="METRIC.KEY=VALUE",
               help="A setting of one metric, e.g. --set hpsv2.antialias=false. May be repeated.")
 @click.option("--device", default="cpu", show_default=True)
+@click.option("--backend", type=click.Choice(["ours", "official"]), default="ours", show_default=True,
+              help="official: the hpsv2 and image-reward packages themselves beside ours, and the largest difference.")
+@click.option("--official-python", metavar="PATH", help="The Python of the environment that has these packages.")
 @click.option("--strict", is_flag=True, help="Fail when an image or a prompt has a problem.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A .parquet or .csv file.")
 @as_json
-def score(images: Path, prompts: Path | None, metrics: str | None, weights: str, settings: tuple[str, ...],
-          device: str, strict: bool, output: Path | None, layout: str) -> None:
+def score(images: Path, prompts: Path | None, metrics: str | None, weights: str | None, settings: tuple[str, ...],
+          device: str, backend: str, official_python: str | None, strict: bool, output: Path | None,
+          layout: str) -> None:
     """Score a folder of images against their prompts.
 
     What is broken is named and left without scores. Scores of before are not computed again.
     """
-    from bench import registry, runs, suites
+    from bench import official, registry, runs, suites
     from bench import score as scoring
 
-    names = metrics.split(",") if metrics else suites.load_suite("mini").metrics
+    beside = backend == "official"
+    default = official.DEFAULT if beside else suites.load_suite("mini").metrics
+    names = metrics.split(",") if metrics else list(default)
     for name in names:
         registry.check("metrics", name)
     if output and output.suffix not in (".parquet", ".csv"):
         raise UsageError(f"-o {output}: scores are written as .parquet or .csv")
-    options = scoring.metric_options(names, weights, settings)
+    if official_python and not beside:
+        raise UsageError("--official-python goes with --backend official")
+    options = scoring.metric_options(names, weights or ("official" if beside else "mini"), settings)
+    if beside:
+        official.require(names, official_python)
     table, protocol = scoring.score_folder(scoring.collect(images, prompts), names, options, device,
                                            runs.CACHE / "scores.sqlite")
+    if beside:
+        protocol["official"] = official.compare(images, table, names, options, device, official_python)
+    click.echo(scoring.truncation(protocol), err=True)
     if output:
         scoring.write(table, protocol, output)
     if layout == "json":
         click.echo(json.dumps({"protocol": protocol, "scores": json.loads(table.to_json(orient="records"))}))
     else:
         click.echo(scoring.summary(table, names, protocol))
+        if beside:
+            click.echo(official.summary(protocol["official"]))
     troubled = int((table["problem"] != "").sum())
     if strict and troubled:
         raise BenchError(f"{troubled} of {len(table)} images were not scored (--strict)")

@@ -19,6 +19,7 @@ import torch
 from bench import models, registry
 from bench.cards import recognise
 from bench.data import load_prompts
+from bench.data.prompts import PUBLISHED
 from bench.errors import BenchError
 from bench.plan import Plan, plan
 from bench.suites import Suite
@@ -146,14 +147,15 @@ def model_files(suite: Suite) -> Iterator[File]:
 def data_files(suite: Suite) -> Iterator[File]:
     """Training pairs and prompt sets; the drawn world comes with bench."""
     kind, _, source = suite.data.pairs.partition(":")
-    yield _data("training pairs", suite.data.pairs, source.partition("#")[0] if kind != "world" else "")
+    yield _data("training pairs", suite.data.pairs, source.partition("#")[0])
     for name, prompts in suite.evaluation.prompt_sets.items():
         kind, colon, source = prompts.prompts.partition(":")
         if kind == "world":
             yield File(f"prompts {name}", prompts.prompts, "comes with bench",
                        f"{len(load_prompts(prompts.prompts, prompts.limit))} prompts")
         else:
-            yield _data(f"prompts {name}", prompts.prompts, source.partition("#")[0] if colon else kind)
+            published = PUBLISHED[kind].repository if kind in PUBLISHED and not colon else kind
+            yield _data(f"prompts {name}", prompts.prompts, source.partition("#")[0] if colon else published)
 
 
 def _data(purpose: str, spec: str, source: str) -> File:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from diffusers import UNet2DConditionModel
 
-from bench import cost, evaluate, models, registry, runs, tracking
+from bench import adapters, cost, evaluate, models, registry, runs, tracking
 from bench.batches import sample_order
+from bench.checkpoint import Checkpoints
 from bench.errors import BenchError, UsageError
 from bench.protocol import write_cost, write_protocol
 from bench.runs import Run
@@ -87,11 +89,14 @@ class Experiment:
         opponent = self.opponent(iteration, reference) if method.pairing is Pairing.SELF_PLAY else None
         stage = Stage(self.run.folder / f"iter{iteration}", {
             "method": self.run.method, "beta": self.schedule[iteration - 1].beta, "seed": self.run.seed,
-            "settings": asdict(self.train_settings(iteration)),
+            "settings": self.train_settings(iteration).identity(),
             "policy": previous.key, "reference": reference.key if reference else None,
             "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
+        checkpoints = Checkpoints(self.run.folder / "stages" / f"training{iteration}", stage.hash,
+                                  self.suite.train.checkpoint_every)
         if not stage.done:
-            self.train(iteration, stage, previous, reference, opponent)
+            self.train(iteration, stage, previous, reference, opponent, checkpoints)
+        checkpoints.remove()
         self.record(stage, iteration, log_scalar)
         return Weights(stage.directory / "unet", stage.hash)
 
@@ -100,7 +105,7 @@ class Experiment:
         planned = self.schedule[iteration - 1]
         earlier = sum(settings.steps for settings in self.schedule[:iteration - 1])
         return TrainSettings(steps=planned.steps, lr=planned.lr, first_step=earlier,
-                             **self.suite.train.model_dump())
+                             **self.suite.training(self.run.method).model_dump())
 
     def opponent(self, iteration: int, reference: Weights) -> Stage:
         """Let the reference make a loser for every pair this iteration will see; kept as latents."""
@@ -144,23 +149,38 @@ class Experiment:
         return latents
 
     def train(self, iteration: int, stage: Stage, previous: Weights, reference: Weights | None,
-              opponent: Stage | None) -> None:
+              opponent: Stage | None, checkpoints: Checkpoints) -> None:
         method, settings = self.methods[iteration - 1], self.train_settings(iteration)
         data = TrainData(self.shared.latents("winners"), self.loser_latents(method, opponent),
                          self.shared.embeddings())
         pairs = settings.steps * settings.batch_size
         flops = cost.training_flops(self.shared.forward_flops(), pairs, paired=data.losers is not None,
                                     reference=reference is not None)
-        with timed(stage, f"iter{iteration}/train", pairs=pairs, flops=flops) as folder:
-            policy = models.load_unet(previous.folder)
-            frozen = models.load_unet(reference.folder) if reference else None
+        with timed(stage, f"iter{iteration}/train", checkpoints.seconds(), pairs=pairs, flops=flops) as folder:
+            policy, frozen = self.models(settings, previous, reference)
             history = train(policy, frozen, method, data, settings, self.shared.pipe.scheduler, self.run.seed,
-                            self.shared.accelerator, f"{self.run.method} {iteration}: training")
+                            self.shared.accelerator, f"{self.run.method} {iteration}: training", checkpoints,
+                            flops_per_sample=flops / pairs)
+            if settings.lora_rank:
+                adapters.save(policy, folder / "lora")
+                adapters.merge(policy)
             models.save_unet(policy, folder / "unet")
             rows = pd.DataFrame(history)
             rows.insert(0, "method", self.run.method)
             rows.insert(1, "iteration", iteration)
             rows.to_parquet(folder / "history.parquet", index=False)
+
+    def models(self, settings: TrainSettings, previous: Weights, reference: Weights | None,
+               ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
+        """Policy and reference. A policy that trains an adapter on the reference's weights is the reference itself,
+        with the adapter off; every iteration starts a new adapter, on weights the last one was merged into."""
+        policy = models.load_unet(previous.folder)
+        if settings.lora_rank:
+            adapters.attach(policy, settings.lora_rank, self.run.seed, settings.first_step)
+        if reference is None:
+            return policy, None
+        shared = settings.lora_rank is not None and reference.key == previous.key
+        return policy, policy if shared else models.load_unet(reference.folder)
 
     def loser_latents(self, method: Method, opponent: Stage | None) -> np.ndarray | None:
         """Losers `[N, C, h, w]` as the pairing asks; in self-play only of the pairs that will be seen."""
@@ -178,7 +198,8 @@ class Experiment:
         rows = pd.read_parquet(stage.directory / "history.parquet")
         for row in rows.drop(columns=["method", "iteration"]).to_dict("records"):
             for name in row.keys() - {"step"}:
-                log_scalar(name, float(row[name]), int(row["step"]))
+                if not math.isnan(row[name]):
+                    log_scalar(name, float(row[name]), int(row["step"]))
         self.history.append(rows)
         write_table(self.run.folder / "history.parquet", self.history)
         self.done.append(stage.directory)

@@ -73,7 +73,7 @@ def model_card(run: Run, iteration: int) -> str:
     """A model card: what was trained on what and how, what it scores against the base, and how to use it."""
     title = f"{registry.method(run.method).title}, iteration {iteration}, suite {run.suite.name}"
     suite = run.suite
-    evaluation, opponent = suite.evaluation, suite.opponent
+    evaluation, opponent, train = suite.evaluation, suite.opponent, suite.training(run.method)
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
               "tags": ["diffusion-align-bench", run.method]}
     schedule = [f"| {k} | {settings.steps} | {settings.lr:g} | {settings.beta or ''} |"
@@ -88,10 +88,10 @@ def model_card(run: Run, iteration: int) -> str:
         f"num_inference_steps={evaluation.steps}).images[0]", "```", "",
         "## Training", "",
         f"- base model: `{suite.model.weights}`",
-        f"- data: {suite.data.size} pairs of `{suite.data.pairs}` (seed {suite.data.seed})",
+        f"- data: {suite.data.size or 'all'} pairs of `{suite.data.pairs}` (seed {suite.data.seed})",
         f"- training seed {run.seed}",
-        f"- batch of {suite.train.batch_size}, AdamW, weight decay {suite.train.weight_decay:g}, "
-        f"{suite.train.warmup_steps} warm-up steps, gradients clipped at {suite.train.max_grad_norm:g}",
+        f"- batch of {train.batch_size}, AdamW, weight decay {train.weight_decay:g}, "
+        f"{train.warmup_steps} warm-up steps, gradients clipped at {train.max_grad_norm:g}",
         f"- opponent (self-play only): {opponent.steps} {opponent.scheduler} steps, guidance "
         f"{opponent.guidance:g}",
         "", "| iteration | steps | learning rate | beta |", "| --- | --- | --- | --- |", *schedule, "",

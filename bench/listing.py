@@ -7,10 +7,11 @@ from bench.errors import BenchError
 
 
 def _prompt_sets() -> dict[str, str]:
-    from bench.data.prompts import WORLD_SETS
+    from bench.data.prompts import PUBLISHED, WORLD_SETS
 
-    return {f"world:{name}": f"{count} prompts of the drawn world"
-            for name, (count, *_) in WORLD_SETS.items()}
+    drawn = {f"world:{name}": f"{count} prompts of the drawn world" for name, (count, *_) in WORLD_SETS.items()}
+    return drawn | {name: f"{published.remark}, from the hub ({published.repository}) or {name}:FOLDER"
+                    for name, published in PUBLISHED.items()}
 
 
 def _progress(identity: str) -> str:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ADAM = 2  # moments a weight, in the weight's own precision
+MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5}  # bytes of AdamW's two moments over those of the fp32 weights
 
 
 class LiveBytes(TorchDispatchMode):
@@ -61,14 +61,15 @@ def parameter_bytes(module: nn.Module, dtype: str = "fp32") -> int:
 
 
 def training_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int, *, dtype: str,
-                   reference: bool, accumulate: bool, checkpointing: bool = False) -> int:
-    """Peak of one optimizer step: fp32 weights, AdamW's moments, the reference, gradients, activations.
+                   reference: bool, accumulate: bool, checkpointing: bool = False, optimizer: str = "adamw",
+                   ema: bool = False) -> int:
+    """Peak of one optimizer step: fp32 weights, AdamW's moments, reference, moving average, gradients, activations.
 
     rows: latents in one policy pass, two a pair. accumulate: whether there are several such passes a step, so that
     all gradients exist beside all activations. The reference is a second fp32 copy, run without gradients.
     """
     weights = parameter_bytes(unet)
-    fixed = weights * (1 + ADAM + (1 if reference else 0))
+    fixed = int(weights * (1 + MOMENTS[optimizer] + reference + ema))
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = type(unet).from_config(unet.config)
         if checkpointing:

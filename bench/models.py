@@ -15,6 +15,8 @@ import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bench.errors import BenchError
+from bench.random_weights import is_random, random_folder
+from bench.runs import CACHE
 
 MINI_WEIGHTS = Path(__file__).parent / "mini" / "weights"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -27,7 +29,7 @@ transformers.utils.logging.disable_progress_bar()
 
 def load_pipeline(weights: str | Path, device: str | torch.device = "cpu",
                   dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
-    """Load a pipeline without its safety checker; `weights` is "mini", a folder or a hub id."""
+    """Load a pipeline without its safety checker; `weights` as `weights_folder` knows them."""
     folder = weights_folder(weights)
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
@@ -41,7 +43,13 @@ def load_pipeline(weights: str | Path, device: str | torch.device = "cpu",
 
 
 def weights_folder(weights: str | Path) -> Path:
-    """Return the folder that holds a Stable Diffusion pipeline, fetching a hub id when it is not cached."""
+    """Return the folder that holds a Stable Diffusion pipeline.
+
+    `weights` is "mini", a folder, a hub id (fetched when it is not cached), or "random" and the like (made when
+    it is not there; see bench.random_weights).
+    """
+    if is_random(weights):
+        return random_folder(str(weights), CACHE, MINI_WEIGHTS / "pipeline" / "tokenizer")
     folder = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
     if not folder.exists() and str(weights).count("/") == 1 and not str(weights).startswith((".", "/", "~")):
         return _hub_folder(str(weights))
@@ -65,6 +73,16 @@ def weights_fingerprint(folder: str | Path) -> str:
             while block := handle.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def resolution(folder: str | Path) -> int:
+    """Pixels, width and height, of the images a pipeline was made for; read off its configuration files."""
+    unet = _read_config(Path(folder) / "unet" / "config.json", "a diffusers UNet folder")
+    vae = _read_config(Path(folder) / "vae" / "config.json", "a diffusers VAE folder")
+    size = unet.get("sample_size")
+    if not isinstance(size, int):
+        raise BenchError(f"{folder}: expected a UNet for square latents, found sample_size {size}")
+    return size * 2 ** (len(vae.get("block_out_channels", ())) - 1)
 
 
 def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from bench.evaluate import Scorers
 from bench.experiment import planned_iterations
 from bench.mini.judge import Judge
 from bench.progress import quiet
+from bench.runs import CACHE
 from bench.sample import SCHEDULERS, latent_shape
 from bench.suites import Iteration, Suite
 from methods.base import Pairing
@@ -28,9 +30,10 @@ from metrics import official
 from metrics.base import Metric
 
 FP32 = 4  # bytes
-ENCODE_BATCH = 32  # images the cache encodes at once
 PNG = 0.6  # bytes of a PNG over those of its pixels, for photographs; drawings take less
 ROW = 40  # bytes of one score in parquet
+TRAIN_SPLIT = 851_293, 58_960  # pairs without ties and prompts of Pick-a-Pic v2 (Diffusion-DPO, arXiv 2311.12908)
+PROMPTS = {"partiprompts": 1632, "hpsv2": 3200, "test_unique": 500, "validation_unique": 500}  # as published
 EXAMPLE = load_prompts("world:test", 1).prompts[0]  # a caption that every scorer can read, the exact judge too
 
 
@@ -47,6 +50,7 @@ class StagePlan:
     flops: float
     peak_memory_bytes: int
     disk_bytes: int
+    dtype: str  # what it computes in
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ class Plan:
 
     suite: str
     methods: tuple[str, ...]
-    dtype: str
     stages: tuple[StagePlan, ...]
     notes: tuple[str, ...]
 
@@ -83,7 +86,7 @@ def plan(suite: Suite, methods: Sequence[str], iters: int | None = None, seed: i
         stages += maker.training(name, schedule)
     models = 1 + sum(map(len, schedules.values()))
     stages += [maker.sampling(models), maker.scoring(models)]
-    return Plan(suite.name, tuple(methods), suite.model.dtype, tuple(stages), tuple(maker.notes))
+    return Plan(suite.name, tuple(methods), tuple(stages), tuple(dict.fromkeys(maker.notes)))
 
 
 class Planner:
@@ -94,15 +97,21 @@ class Planner:
         self.models: Architecture = architecture(suite.model.weights)
         self.shape, self.tokens = latent_shape(self.models.unet), self.models.tokens
         self.notes: list[str] = []
-        self.peaks: dict[tuple[int, bool, bool], int] = {}  # of training steps; iterations mostly share one
+        self.counted: dict[Hashable, int] = {}
 
     @cached_property
     def forward(self) -> int:
         return cost.unet_flops(self.models.unet, self.shape, self.tokens)
 
-    @cached_property
-    def forward_and_backward(self) -> int:
-        return cost.unet_training_flops(self.models.unet, self.shape, self.tokens)
+    def forward_and_backward(self, checkpointing: bool) -> int:
+        return self.once(checkpointing, lambda: cost.unet_training_flops(
+            self.models.unet, self.shape, self.tokens, checkpointing))
+
+    def once(self, key: Hashable, count: Callable[[], int]) -> int:
+        """What was counted for this key, counted now if it was not: iterations mostly share their training step."""
+        if key not in self.counted:
+            self.counted[key] = count()
+        return self.counted[key]
 
     @cached_property
     def coding(self) -> tuple[int, int]:
@@ -123,67 +132,80 @@ class Planner:
         """Operations for one image with its prompt, bytes of weights."""
         return scoring_cost(self.suite, self.notes)
 
-    @property
-    def latent_bytes(self) -> int:
-        return int(np.prod(self.shape)) * FP32
-
     def encode(self, methods: Sequence[str]) -> StagePlan:
         """Latents of winners (and losers, where a method reads them) and prompt embeddings, made once."""
         data = self.suite.data
         human = any(registry.method(name).pairing is Pairing.HUMAN for name in methods)
-        images, prompts = data.size * (2 if human else 1), self.distinct_prompts()
-        flops = images * self.coding[0] + prompts * cost.text_flops(self.models.text_encoder, self.tokens)
-        batch = memory.vae_bytes(self.models.vae, self.shape, min(ENCODE_BATCH, data.size), self.dtype)[0]
-        embeddings = prompts * self.tokens * self.models.unet.config.cross_attention_dim * FP32
+        images = self.pairs * (2 if human else 1) * (2 if data.flip else 1)
+        flops = images * self.coding[0] + self.prompts * cost.text_flops(self.models.text_encoder, self.tokens)
+        batch = memory.vae_bytes(self.models.vae, self.shape, min(data.batch_size, self.pairs), self.dtype)[0]
+        embedding = self.tokens * self.models.unet.config.cross_attention_dim
+        stored = images * int(np.prod(self.shape)) + self.prompts * embedding
         return StagePlan("encode", images, "images", flops, self.resident + batch,
-                         images * self.latent_bytes + embeddings)
+                         stored * memory.DTYPES[data.precision].itemsize, self.dtype)
 
-    def distinct_prompts(self) -> int:
-        """Of the training pairs; where the data cannot be opened, one a pair is the most there can be."""
+    @property
+    def pairs(self) -> int:
+        return self.data[0]
+
+    @property
+    def prompts(self) -> int:
+        return self.data[1]
+
+    @cached_property
+    def data(self) -> tuple[int, int]:
+        """Training pairs and distinct prompts. A data set on the hub is not opened: that would be a scan of it."""
         data = self.suite.data
-        try:
-            return len(set(load_pairs(data.pairs, data.size, data.seed).prompts))
-        except BenchError as error:
-            self.notes.append(f"training data not opened ({error}): disk counts one embedding a pair")
-            return data.size
+        kind, _, source = data.pairs.partition(":")
+        if kind == "pickapic" and not Path(source.partition("#")[0]).expanduser().exists():
+            pairs = min(data.size or TRAIN_SPLIT[0], TRAIN_SPLIT[0])
+            self.notes.append(f"{data.pairs} is not on this machine: counted as {pairs:,} pairs, as published of v2's "
+                              "train split, less what is left out for broken images")
+            return pairs, min(pairs, TRAIN_SPLIT[1])
+        source = load_pairs(data.pairs, size=data.size, seed=data.seed, resolution=self.models.pixels[0],
+                            cache=CACHE, deduplicate=data.deduplicate)
+        return len(source), len(set(source.prompts))
 
     def training(self, name: str, schedule: Sequence[Iteration]) -> list[StagePlan]:
         """Opponent and training of every iteration of one method."""
         method, stages, first = registry.method(name), [], 0
         for number, iteration in enumerate(schedule, 1):
             if method.pairing is Pairing.SELF_PLAY:
-                stages.append(self.opponent(f"{name} {number}: opponent", first, iteration.steps))
-            stages.append(self.train(f"{name} {number}: training", iteration.steps,
-                                     paired=method.pairing is not Pairing.WINNER, reference=method.needs_reference))
+                stages.append(self.opponent(name, number, first, iteration.steps))
+            stages.append(self.train(name, number, iteration.steps, paired=method.pairing is not Pairing.WINNER,
+                                     reference=method.needs_reference))
             first += iteration.steps
         return stages
 
-    def opponent(self, name: str, first_step: int, steps: int) -> StagePlan:
+    def opponent(self, method: str, number: int, first_step: int, steps: int) -> StagePlan:
         """Losers for every distinct pair the iteration sees, kept as latents."""
-        settings, size = self.suite.opponent, self.suite.train.batch_size
-        pairs = distinct_pairs(self.seed, first_step * size, steps * size, self.suite.data.size)
+        settings, size = self.suite.opponent, self.suite.training(method).batch_size
+        pairs = distinct_pairs(self.seed, first_step * size, steps * size, self.pairs)
         evaluations = solver_evaluations(settings.scheduler, settings.steps)
         flops = cost.sampling_flops(self.forward, 0, pairs, steps=evaluations, guidance=settings.guidance)
         rows = min(settings.batch_size, pairs) * (1 if settings.guidance == 1 else 2)
-        return StagePlan(name, pairs, "images", flops, self.resident + self.unet_weights + self.unet_pass(rows),
-                         pairs * self.latent_bytes)
+        return StagePlan(f"{method} {number}: opponent", pairs, "images", flops,
+                         self.resident + self.unet_weights + self.unet_pass(rows),
+                         pairs * int(np.prod(self.shape)) * FP32, self.dtype)
 
-    def train(self, name: str, steps: int, paired: bool, reference: bool) -> StagePlan:
+    def train(self, method: str, number: int, steps: int, paired: bool, reference: bool) -> StagePlan:
         """Policy forward and backward, reference forward; the checkpoint is the UNet in fp32."""
-        settings = self.suite.train
+        settings = self.suite.training(method)
+        if settings.lora_rank:
+            self.notes.append(f"{method}: an adapter is planned as if all weights were trained, which is more")
         samples, images = steps * settings.batch_size, 2 if paired else 1
-        flops = samples * images * (self.forward_and_backward + (self.forward if reference else 0))
+        policy = self.forward_and_backward(settings.gradient_checkpointing)
+        flops = samples * images * (policy + (self.forward if reference else 0))
         micro = min(settings.micro_batch, settings.batch_size)
-        peak = self.training_peak(micro * images, reference, settings.batch_size > micro)
-        return StagePlan(name, samples, "pairs" if paired else "images", flops, self.resident + peak,
-                         memory.parameter_bytes(self.models.unet))
+        peak = self.training_peak(
+            micro * images, dtype=settings.precision, reference=reference, accumulate=settings.batch_size > micro,
+            checkpointing=settings.gradient_checkpointing, optimizer=settings.optimizer, ema=settings.ema is not None)
+        return StagePlan(f"{method} {number}: training", samples, "pairs" if paired else "images", flops,
+                         self.resident + peak, memory.parameter_bytes(self.models.unet), settings.precision)
 
-    def training_peak(self, rows: int, reference: bool, accumulate: bool) -> int:
-        key = rows, reference, accumulate
-        if key not in self.peaks:
-            self.peaks[key] = memory.training_bytes(self.models.unet, self.shape, self.tokens, rows, dtype=self.dtype,
-                                                    reference=reference, accumulate=accumulate)
-        return self.peaks[key]
+    def training_peak(self, rows: int, **options: Any) -> int:
+        return self.once((rows, *options.items()), lambda: memory.training_bytes(
+            self.models.unet, self.shape, self.tokens, rows, **options))
 
     def sampling(self, models: int) -> StagePlan:
         """Images of the base and of every iteration, for all prompt sets, guidance scales and seeds."""
@@ -197,12 +219,13 @@ class Planner:
         batch = max(self.unet_pass(rows * guided), memory.vae_bytes(self.models.vae, self.shape, rows, self.dtype)[1])
         images, (height, width) = models * len(settings.guidance) * self.images, self.models.pixels
         return StagePlan("evaluation: sampling", images, "images", models * flops,
-                         self.resident + self.unet_weights + batch, int(images * height * width * 3 * PNG))
+                         self.resident + self.unet_weights + batch, int(images * height * width * 3 * PNG), self.dtype)
 
     def scoring(self, models: int) -> StagePlan:
+        """All scorers, which on a GPU run under bf16 autocast whatever the suite says of the models."""
         images = models * len(self.suite.evaluation.guidance) * self.images
         return StagePlan("evaluation: scoring", images, "images", images * self.scorers[0], self.resident,
-                         images * max(1, len(self.suite.metrics)) * ROW)
+                         images * max(1, len(self.suite.metrics)) * ROW, "bf16")
 
     @cached_property
     def images(self) -> int:
@@ -210,12 +233,14 @@ class Planner:
         return sum(map(self.prompt_count, self.suite.evaluation.prompt_sets)) * len(self.suite.evaluation.seeds)
 
     def prompt_count(self, name: str) -> int:
+        """Of a prompt set; what is not on this machine counts as published."""
         given = self.suite.evaluation.prompt_sets[name]
-        try:
+        published = PROMPTS.get(given.prompts) or PROMPTS.get(given.prompts.partition("#")[2])
+        kind, _, source = given.prompts.partition(":")
+        here = kind == "world" or Path((source or kind).partition("#")[0]).expanduser().exists()
+        if here or not published:
             return len(load_prompts(given.prompts, given.limit))
-        except BenchError as error:
-            self.notes.append(f"prompt set {name}: {error}; counted as {given.limit or 0} prompts")
-            return given.limit or 0
+        return min(published, given.limit or published)
 
     def unet_pass(self, rows: int) -> int:
         return memory.unet_bytes(self.models.unet, self.shape, self.tokens, rows, self.dtype)
@@ -273,23 +298,23 @@ def _weights(scorer: Any) -> int:
 
 def as_record(made: Plan, card: Card, mfu: float, gpus: int) -> dict[str, Any]:
     """The plan in numbers: `gpu_hours` = FLOPs / (MFU x peak); `wall_hours` on all GPUs together."""
-    per_hour = mfu * card.peak(made.dtype) * 3600
+    def priced(hours: float) -> dict[str, float]:
+        return {"gpu_hours": hours, "wall_hours": hours / gpus}
 
-    def priced(flops: float) -> dict[str, float]:
-        return {"gpu_hours": flops / per_hour, "wall_hours": flops / per_hour / gpus}
-
-    total = {"flops": made.flops, **priced(made.flops), "peak_memory_bytes": made.peak_memory_bytes,
+    hours = [stage.flops / (mfu * card.peak(stage.dtype) * 3600) for stage in made.stages]
+    total = {"flops": made.flops, **priced(sum(hours)), "peak_memory_bytes": made.peak_memory_bytes,
              "disk_bytes": made.disk_bytes}
     return {
         "suite": made.suite, "methods": list(made.methods),
-        "assumptions": {"card": card.title, "gpus": gpus, "mfu": mfu, "dtype": made.dtype,
-                        "peak_flops_per_s": card.peak(made.dtype), "card_memory_bytes": card.memory,
+        "assumptions": {"card": card.title, "gpus": gpus, "mfu": mfu, "card_memory_bytes": card.memory,
+                        "peak_flops_per_s": {dtype: card.peak(dtype) for dtype in
+                                             sorted({stage.dtype for stage in made.stages})},
                         "flops": "two per multiply-add; matrix products, convolutions and attention, counted by "
                                  "torch's FlopCounterMode on the models' shapes",
                         "memory": "tensors alive at once in a simulated pass, per device; without allocator waste, "
                                   "workspaces (a third more, resident, on the miniature), CUDA context (1 to 2 GB) or "
                                   "Python (about 0.7 GB)"},
-        "stages": [{**asdict(stage), **priced(stage.flops)} for stage in made.stages],
+        "stages": [{**asdict(stage), **priced(spent)} for stage, spent in zip(made.stages, hours, strict=True)],
         "total": total, "notes": list(made.notes)}
 
 
@@ -306,8 +331,8 @@ def as_text(record: dict[str, Any]) -> str:
                        for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
     lines[1:1] = ["-" * len(lines[0])]
     lines.insert(-1, lines[1])
-    lines += ["", f"{assumed['gpus']} x {assumed['card']} at {assumed['mfu']:.0%} of "
-              f"{assumed['peak_flops_per_s'] / 1e12:g} TFLOP/s ({assumed['dtype']}): "
+    peaks = ", ".join(f"{peak / 1e12:g} TFLOP/s ({dtype})" for dtype, peak in assumed["peak_flops_per_s"].items())
+    lines += ["", f"{assumed['gpus']} x {assumed['card']} at {assumed['mfu']:.0%} of {peaks}: "
               f"{_number(total['wall_hours'])} hours.", f"Memory: {assumed['memory']}."]
     if total["peak_memory_bytes"] > assumed["card_memory_bytes"]:
         lines.append(f"It does not fit: {assumed['card']} has {assumed['card_memory_bytes'] / 1e9:g} GB; lower "

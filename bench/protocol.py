@@ -7,18 +7,19 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import __version__, cards, registry
+from bench import cards, registry
 from bench.errors import BenchError
 from bench.meter import mfu
+from bench.random_weights import REMARK, is_random
 from bench.runs import Run
 from bench.shared import Shared
 from bench.stages import atomic_write
+from bench.versions import versions
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
 
@@ -28,6 +29,8 @@ def write_protocol(run: Run, shared: Shared) -> None:
     path = run.folder / "protocol.json"
     model = {**run.suite.model.model_dump(), "fingerprint": shared.base.key,
              "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
+    if is_random(run.suite.model.weights):
+        model["remark"] = REMARK
     created = datetime.now().isoformat(timespec="seconds")
     if path.exists():
         before = json.loads(path.read_text())
@@ -43,11 +46,12 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "seed": run.seed,
         "iterations": run.iterations,
         "model": model,
+        "data": shared.pairs.record(),
         "metrics": shared.scorers.info(),
         "judge": shared.judge_info(),
         "prompt_sets": {name: {"source": prompts.name, "count": len(prompts)}
                         for name, prompts in shared.prompt_sets.items()},
-        "versions": versions(),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "git_commit": git_commit(),
         "created": created,
     }
@@ -92,17 +96,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    found = {"bench": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:

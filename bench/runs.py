@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from bench.suites.keys import flat
 
 RUNS = Path("results/runs")
 CACHE = Path("results/cache")
+SCORING = ("metrics", "metric_options", "judge")
+"""Sections of the suite that a finished run may still change: its images are there, and only scores follow."""
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp$")
 
 
@@ -103,13 +105,22 @@ def comparable(run: Run) -> list[Run]:
 
 
 def refuse_changes(run: Run, asked: dict[str, Any]) -> None:
-    """A run goes on with the settings it was started with; name the first one that was asked to differ."""
+    """A run goes on with the settings it was started with, but for SCORING; name the first that was asked to differ."""
     stored, wanted = flat(run.config()), flat(asked)
     for key, value in wanted.items():
-        if value != stored.get(key):
+        if value != stored.get(key) and key.split(".")[:2] not in (["suite", name] for name in SCORING):
             name = key.removeprefix("suite.")
             raise UsageError(f"cannot resume {run.id} with another {name}: it was started with "
                              f"{stored.get(key)}, not {value}; start a new run for that")
+
+
+def rescored(run: Run, suite: Suite) -> Run:
+    """The run with the scorers of `suite`; its settings on disk say so too. Rows of scorers that left are dropped."""
+    changes = {name: getattr(suite, name) for name in SCORING}
+    again = replace(run, suite=run.suite.model_copy(update=changes))
+    if again != run:
+        atomic_write(run.folder / "config.json", json.dumps(again.config(), indent=2, sort_keys=True))
+    return again
 
 
 def sweep(folder: Path) -> None:

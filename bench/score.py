@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bench import __version__
 from bench.errors import BenchError, UsageError
 from bench.progress import track
 from bench.stages import atomic_write, fingerprint
+from bench.versions import versions
 
 if TYPE_CHECKING:
     from bench.evaluate import Scorers
@@ -153,18 +152,7 @@ def identity(name: str, options: Mapping[str, Any]) -> str:
         roots.append(Path(os.environ["BENCH_WEIGHTS"]).expanduser())
     files = [path for root in roots for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]
     state = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return fingerprint([name, dict(options), state, versions()])
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers; imports nothing."""
-    found = {"bench": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return fingerprint([name, dict(options), state, versions(PACKAGES)])
 
 
 # --- scoring ---
@@ -212,7 +200,7 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     table["problem"] = [item.problem for item in items]
     protocol = {"metrics": {name: {**json.loads(infos[name] or "{}"), "truncated_prompts": cut[name]}
                             for name in metrics},
-                "device": device, "versions": versions(), "images": len(items),
+                "device": device, "versions": versions(PACKAGES), "images": len(items),
                 "scored": sum(not item.problem for item in items)}
     return table, protocol
 
@@ -304,6 +292,13 @@ def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
     sink = io.BytesIO()
     pq.write_table(arrow, sink)
     atomic_write(path, sink.getvalue())
+
+
+def truncation(protocol: Mapping[str, Any]) -> str:
+    """How many of the scored prompts each scorer read the beginning of only: "imagereward 40 (after 35 tokens)"."""
+    cut = [f"{name} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
+           for name, info in protocol["metrics"].items() if info["truncated_prompts"]]
+    return f"prompts truncated, of {protocol['scored']}: {', '.join(cut) if cut else 'none by any scorer'}"
 
 
 def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, Any]) -> str:

@@ -13,21 +13,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import click
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
-from bench import cost, evaluate, models
+from bench import cost, evaluate, models, registry
 from bench.cache import Embeddings, cached_latents, cached_prompts
-from bench.data import load_pairs, load_prompts
+from bench.data import Kept, load_pairs, load_prompts
+from bench.errors import UsageError
 from bench.meter import metered
 from bench.progress import quiet
+from bench.recipe import make_accelerator, require_packages
 from bench.runs import CACHE
 from bench.sample import latent_shape, sample
+from bench.shards import Rows, Share
 from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Suite
+from methods.base import Pairing
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,24 +53,31 @@ class Model(NamedTuple):
 
 
 class Shared:
-    """Everything a suite names, loaded and checked before any run is started."""
+    """Everything a suite names, loaded and checked before any run of these methods is started."""
 
-    def __init__(self, suite: Suite):
+    def __init__(self, suite: Suite, methods: Sequence[str] = ()):
         self.suite = suite
-        precision = suite.model.dtype
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        self.dtype = DTYPES[precision]
-        folder = models.weights_folder(suite.model.weights)
+        require_packages(suite.train.optimizer, suite.train.lora_rank)
+        self.accelerator = make_accelerator(suite.train.precision)
+        self.dtype = DTYPES[suite.model.dtype]
+        data = suite.data
+        with self.accelerator.main_process_first():
+            folder = models.weights_folder(suite.model.weights)
+            self.source = load_pairs(data.pairs, size=data.size, seed=data.seed, deduplicate=data.deduplicate,
+                                     resolution=models.resolution(folder), cache=CACHE)
+        self.expect_data_for(methods)
         self.base = Weights(folder / "unet", models.weights_fingerprint(folder))
         self.prompt_sets = {name: load_prompts(prompts.prompts, prompts.limit)
                             for name, prompts in suite.evaluation.prompt_sets.items()}
-        self.pairs = load_pairs(suite.data.pairs, suite.data.size, suite.data.seed)
         self.pipe = models.load_pipeline(folder, self.device, self.dtype)
         self.scorers = evaluate.Scorers.load(suite.metrics, suite.judge, suite.metric_options,
                                              str(self.device))
         self._forward: int | None = None
         self._scoring: int | None = None
         self.common: dict[str, Path] = {}  # what all runs share, by name: folders that hold what it cost
+        # every method trains on the winners; encoding them shows which rows are broken, and so which pairs there are
+        self.pairs = Kept(self.source, self._encoded("winners").broken)
+        self.announce_data()
 
     @property
     def device(self) -> torch.device:
@@ -75,31 +86,72 @@ class Shared:
     @property
     def data_key(self) -> dict[str, str]:
         """What latents and embeddings of the training pairs are made from."""
-        return {"weights": self.base.key, "dtype": self.suite.model.dtype, "pairs": self.pairs.fingerprint}
+        data = self.suite.data
+        return {"weights": self.base.key, "dtype": self.suite.model.dtype, "pairs": self.source.fingerprint,
+                "flip": data.flip, "precision": data.precision}
 
-    def latents(self, side: str) -> np.ndarray:
-        """Latents of all "winners" or "losers" `[N, C, h, w]`, encoded once."""
-        images = {"winners": self.pairs.winners, "losers": self.pairs.losers}[side]
-        key, count = {**self.data_key, "side": side}, len(self.pairs)
-        encode = cost.vae_flops(self.pipe.vae, latent_shape(self.pipe.unet))[0]
-        return self._charged(f"encode/{side}", key, {"images": count, "flops": count * encode},
-                             lambda: cached_latents(CACHE, key, self.pipe.vae, images, count))
+    def expect_data_for(self, methods: Sequence[str]) -> None:
+        """Refuse methods that the data cannot train."""
+        for name in methods:
+            pairing = registry.method(name).pairing
+            if pairing is Pairing.HUMAN and not self.source.paired:
+                raise UsageError(f"{name} is trained on pairs with a human choice, but {self.suite.data.pairs} has one "
+                                 "image a prompt; methods for that are sft and spin")
+            if pairing is Pairing.SELF_PLAY and self.suite.data.flip:
+                raise UsageError(f"{name}: data.flip mirrors winner and loser together, but samples of the opponent "
+                                 "are latents, which cannot be mirrored exactly; set data.flip=false")
+
+    def announce_data(self) -> None:
+        """Say what was left out of the training data; the same is in the protocol."""
+        record = self.pairs.record()
+        if record["left_out"] and self.accelerator.is_main_process:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in record["left_out"].items())
+            click.echo(f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used; left out: {reasons}",
+                       err=True)
+
+    def latents(self, side: str) -> Rows:
+        """Latents of all "winners" or "losers", encoded once: `[N, C, h, w]`, with flips `[N, 2, C, h, w]`."""
+        return self._encoded(side).select(self.pairs.rows)
+
+    def _encoded(self, side: str) -> Rows:
+        """Latents of every row of the source, the broken ones too. All processes must call."""
+        images = {"winners": self.source.winners, "losers": self.source.losers}[side]
+        data, shape, count = self.suite.data, latent_shape(self.pipe.unet), len(self.source)
+        key = {**self.data_key, "side": side}
+        done = count * (2 if data.flip else 1)
+        return self._charged(f"encode/{side}", key, {
+            "images": done, "flops": done * cost.vae_flops(self.pipe.vae, shape)[0]}, lambda: cached_latents(
+                CACHE, key, self.pipe.vae, images, count, shape, batch_size=data.batch_size, flip=data.flip,
+                precision=data.precision, share=self.share))
 
     def embeddings(self) -> Embeddings:
-        """Embeddings of all training prompts, encoded once."""
-        key, count = {**self.data_key, "side": "prompts"}, len(set(self.pairs.prompts))
+        """Embeddings of all training prompts, encoded once. All processes must call."""
+        made_from = {name: self.data_key[name] for name in ("weights", "dtype")}
+        count = len(set(self.source.prompts))
         encode = cost.text_flops(self.pipe.text_encoder, self.pipe.tokenizer.model_max_length)
-        return self._charged("encode/prompts", key, {"prompts": count, "flops": count * encode},
-                             lambda: cached_prompts(CACHE, self.data_key, self.pipe, self.pairs.prompts))
+        embeddings = self._charged("encode/prompts", {**self.data_key, "side": "prompts"}, {
+            "prompts": count, "flops": count * encode}, lambda: cached_prompts(
+                CACHE, made_from, self.pipe, self.source.prompts, precision=self.suite.data.precision,
+                share=self.share))
+        return embeddings.select(self.pairs.rows)
 
     def _charged(self, name: str, key: dict[str, str], counts: dict[str, int], encode: Callable[[], T]) -> T:
-        """Do what goes through the cache, and keep what it cost the first time for every run that uses it."""
+        """Do what goes through the cache, and keep what it cost the first time for every run that uses it.
+
+        Of an encoding that was interrupted, what the last process still had to do.
+        """
         ledger = Stage(CACHE / f"cost-{fingerprint(key)}", key)
         self.common[name] = ledger.directory
-        if ledger.done:
+        if ledger.done or not self.accelerator.is_main_process:
             return encode()
         with timed(ledger, name, **counts):
             return encode()
+
+    @property
+    def share(self) -> Share:
+        """This process's part in filling the cache."""
+        return Share(self.accelerator.process_index, self.accelerator.num_processes,
+                     self.accelerator.wait_for_everyone)
 
     def unet(self, weights: Weights) -> UNet2DConditionModel:
         """A UNet to sample from, in the precision of the frozen models."""
@@ -172,11 +224,17 @@ class Shared:
 
 
 @contextmanager
-def timed(stage: Stage, name: str, **counts: int) -> Iterator[Path]:
-    """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops)."""
+def timed(stage: Stage, name: str, earlier: float = 0.0, **counts: int) -> Iterator[Path]:
+    """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops).
+
+    `earlier` are the seconds of a process that was stopped and whose work is gone on with; its energy is not known.
+    """
     with stage.fresh() as folder:
         with metered() as spent:
             yield folder
+        spent["seconds"] = round(spent["seconds"] + earlier, 3)
+        if earlier:
+            spent["energy_joules"] = None
         atomic_write(folder / "cost.json", json.dumps({"name": name, **spent, **counts}))
 
 

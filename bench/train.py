@@ -4,53 +4,35 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from bench import adapters
 from bench.batches import Batch, TrainData, micro_batches, sample_order
+from bench.checkpoint import Checkpoints, load_state, save_state
 from bench.errors import BenchError, UsageError
+from bench.models import load_unet, save_unet
 from bench.progress import track
+from bench.recipe import TrainSettings, make_optimizer
+from bench.signals import Broken, Row, Signals, Watch
 from methods.base import Errors, Method, Pairing
 
 __all__ = ["TrainData", "TrainSettings", "train"]
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Settings of one iteration. A sample is a pair, or one image when a method trains on winners alone."""
-
-    steps: int
-    lr: float
-    batch_size: int  # samples per optimizer step, over all processes
-    micro_batch: int  # samples per forward pass and process; changes memory and speed only
-    weight_decay: float = 0.01
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    warmup_steps: int = 0
-    max_grad_norm: float = 1.0
-    prompt_dropout: float = 0.0
-    log_every: int = 10
-    first_step: int = 0  # steps of earlier iterations: this one sees other noise and goes on in the data
-
-    def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then constant; `step` counts from 0 in this iteration."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
-
-
 class Denoiser(nn.Module):
     """A UNet that answers with the predicted noise in fp32, whatever it was trained to predict.
 
-    The loop hands this shell to accelerate, so that no wrapper of it stays on the UNet itself.
+    The loop hands this shell to accelerate and to torch.compile, so that no wrapper stays on the UNet itself.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, prediction_type: str):
+    def __init__(self, unet: nn.Module, prediction_type: str):
         super().__init__()
         self.unet = unet
         self.prediction_type = prediction_type
@@ -78,49 +60,75 @@ def denoising_errors(denoiser: nn.Module, batch: Batch, paired: bool) -> Errors:
 
 def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
           data: TrainData, settings: TrainSettings, noise_scheduler: Any, seed: int, accelerator: Accelerator,
-          description: str = "training") -> list[dict[str, float]]:
+          description: str = "training", checkpoints: Checkpoints | None = None,
+          flops_per_sample: float | None = None) -> list[Row]:
     """Train `policy` in place with fp32 weights and return the logged signals.
 
     `noise_scheduler` is the pipeline's (any diffusers scheduler): its `alphas_cumprod` and `prediction_type`
     define the forward process. Each process takes its slice of the same global batch, so the number of
-    processes changes nothing but rounding. There is a row per log interval, each signal a mean over it:
-    step (counted over all iterations), loss, the method's signals, grad_norm (before clipping), and lr,
-    pairs_per_s. Raises BenchError when the loss or the gradient is no longer finite.
+    processes changes nothing but rounding. There is a row per log interval (bench/signals.py), with `step` counted
+    over all iterations, `grad_norm` before clipping, and `lr`.
+
+    With `settings.lora_rank` the policy comes with an adapter attached (bench/adapters.py), which alone is trained
+    and stays attached; then `reference` may be the policy itself, which stands for it with the adapter off. With
+    `settings.ema` the policy ends as the moving average of its trained weights.
+
+    With `checkpoints` a training that was killed goes on after the newest of them and ends with the weights and
+    signals of an undisturbed one, bit for bit on a CPU. Raises BenchError when the training breaks or collapses.
     """
     _check(policy, reference, method, data, settings, accelerator)
-    loop = Loop(policy, reference, method, data, settings, noise_scheduler, seed, accelerator)
-    steps = range(settings.steps)
+    loop = Loop(policy, reference, method, data, settings, noise_scheduler, seed, accelerator, flops_per_sample)
+    start = loop.resume(checkpoints) if checkpoints else 0
+    steps = range(start, settings.steps)
     if accelerator.is_main_process:
-        steps = track(steps, description, unit="step")
-    history: list[dict[str, float]] = []
+        steps = track(steps, description, total=settings.steps, unit="step", initial=start)
     try:
         for step in steps:
             loop.step(step)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
-                history.append(loop.read(step))
+                loop.log(step)
+            if checkpoints and checkpoints.due(step + 1) and step + 1 < settings.steps:
+                loop.save(checkpoints, step)
+        loop.finish()
+    except Broken as error:
+        kept = checkpoints.newest() if checkpoints else None
+        raise BenchError(f"{error}; last good checkpoint: {kept or 'none was written yet'}") from None
     finally:
-        accelerator.free_memory()
-    return history
+        loop.close()
+    return loop.history
 
 
 class Loop:
-    """The state of one training run: models, optimizer, and sums of the signals since the last log line."""
+    """The state of one training run: models, optimizer, signals and history."""
 
     def __init__(self, policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
                  data: TrainData, settings: TrainSettings, noise_scheduler: Any, seed: int,
-                 accelerator: Accelerator):
-        self.method, self.data, self.settings, self.seed = method, data, settings, seed
+                 accelerator: Accelerator, flops_per_sample: float | None):
+        self.policy, self.method, self.data, self.settings, self.seed = policy, method, data, settings, seed
         self.accelerator = accelerator
         self.paired = method.pairing is not Pairing.WINNER
         device, prediction_type = accelerator.device, noise_scheduler.config.prediction_type
         self.alpha_bar = noise_scheduler.alphas_cumprod.to(device, torch.float32)
-        self.reference = None
+        unet = self._compiled(_place(policy, device))
+        self.reference, self.own_reference = None, reference is policy
         if reference is not None:
-            self.reference = Denoiser(_place(reference, device).requires_grad_(False), prediction_type)
-        denoiser = Denoiser(_place(policy, device), prediction_type)
-        self.denoiser, self.optimizer = accelerator.prepare(denoiser, _adamw(denoiser, settings, device))
-        self.sums: dict[str, Tensor] = {}
-        self.since, self.started = 0, time.perf_counter()
+            frozen = unet if self.own_reference else self._compiled(_place(reference, device).requires_grad_(False))
+            self.reference = Denoiser(frozen, prediction_type)
+        if settings.gradient_checkpointing:
+            policy.enable_gradient_checkpointing()
+        trained = self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        self.denoiser, self.optimizer = accelerator.prepare(
+            Denoiser(unet, prediction_type), make_optimizer(trained, settings, device))
+        self.ema = None if settings.ema is None else EMAModel(trained, decay=settings.ema, foreach=True)
+        self.signals = Signals(accelerator, len(self.alpha_bar), settings.batch_size, self.paired, flops_per_sample)
+        self.watch = Watch(method.name, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
+        self.history: list[Row] = []
+        self.started, self.earlier = time.perf_counter(), 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _compiled(self, unet: UNet2DConditionModel) -> nn.Module:
+        return torch.compile(unet) if self.settings.compile else unet
 
     def step(self, step: int) -> None:
         """One optimizer step; `step` counts from 0 in this iteration. Never waits for the device."""
@@ -135,11 +143,13 @@ class Loop:
             # gradients of several processes are exchanged once a step, with the last micro-batch
             with nullcontext() if number == last else self.accelerator.no_sync(self.denoiser):
                 self._accumulate(batch)
-        norm = self.accelerator.clip_grad_norm_(self.denoiser.parameters(), self.settings.max_grad_norm)
-        self._add("grad_norm", norm)
+        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+        self.signals.add("grad_norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.since += 1
+        if self.ema is not None:
+            self.ema.step(self.trained)
+        self.signals.steps += 1
 
     def _own_samples(self, step: int) -> np.ndarray:
         """This process's slice, by position, of the global batch."""
@@ -152,45 +162,85 @@ class Loop:
         """Add a micro-batch's share of the gradient of the mean loss over the global batch.
 
         The reference runs first, on the same rows in the same order as the policy: equal weights then go
-        through equal kernels and give equal bits, and the first loss of DPO and SPIN is exactly log 2.
+        through equal kernels and give equal bits, and the first loss of DPO and SPIN is exactly log 2. (Compiled,
+        the two are different graphs, and equal only up to rounding.)
         """
         reference = None
         if self.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self.accelerator.autocast(), self._adapter_off():
                 reference = denoising_errors(self.reference, batch, self.paired)
         policy = denoising_errors(self.denoiser, batch, self.paired)
         loss, signals = self.method.loss(policy, reference)
         # processes average their gradients, so the sum over all of them is divided by the batch size alone
         scale = self.accelerator.num_processes / self.settings.batch_size
         self.accelerator.backward(loss.sum() * scale)
-        for name, signal in {"loss": loss, **signals}.items():
-            self._add(name, signal)
+        timesteps = batch.timesteps[:len(loss)]
+        for name, signal in {"loss": loss, "winner_error": policy.winner, **signals}.items():
+            self.signals.add(name, signal, timesteps)
 
-    def _add(self, name: str, values: Tensor) -> None:
-        exact = torch.float32 if values.device.type == "mps" else torch.float64
-        total = values.detach().sum(dtype=exact)
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+    def _adapter_off(self) -> AbstractContextManager[None]:
+        return adapters.switched_off(self.policy) if self.own_reference else nullcontext()
 
-    def read(self, step: int) -> dict[str, float]:
-        """The means since the last call, over all processes; the one place that waits for the device."""
-        totals = self.accelerator.reduce(torch.stack(list(self.sums.values())), "sum").tolist()
-        samples, norms = self.since * self.settings.batch_size, self.since * self.accelerator.num_processes
-        row: dict[str, float] = {"step": self.settings.first_step + step + 1}
-        for name, total in zip(self.sums, totals, strict=True):
-            row[name] = total / (norms if name == "grad_norm" else samples)
-        row["lr"] = self.settings.learning_rate(step)
-        row["pairs_per_s"] = samples / (time.perf_counter() - self.started)
-        self._expect_finite(row)
-        self.sums, self.since, self.started = {}, 0, time.perf_counter()
-        return row
+    def log(self, step: int) -> None:
+        """Add a row to the history, unless it shows that the training broke; waits for the device."""
+        steps = self.signals.steps
+        row = self.signals.read(self.settings.first_step + step + 1, self.settings.learning_rate(step))
+        self.watch.see(row, steps)
+        self.history.append(row)
 
-    def _expect_finite(self, row: dict[str, float]) -> None:
-        # under fp16 the loss scaler skips steps whose gradient overflowed, so there only the loss counts
-        for name in ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm"):
-            if not math.isfinite(row[name]):
-                first = row["step"] - self.since + 1
-                raise BenchError(f"{self.method.name}: {name} became {row[name]} in steps {first} to "
-                                 f"{row['step']} (lr {row['lr']:g}); try a lower lr or a longer warm-up")
+    def save(self, checkpoints: Checkpoints, step: int) -> None:
+        """Keep everything that decides the steps after this one; never a state that looks broken."""
+        signals = self.signals.state()
+        if not (self.watch.calm and self._finite(signals["totals"])):
+            return
+        began = time.perf_counter()
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            with checkpoints.write(step + 1, self.earlier + began - self.started) as folder:
+                _save_weights(self.policy, folder)
+                save_state(folder, {
+                    "step": step + 1, "signals": signals, "history": self.history,
+                    "optimizer": self.optimizer.state_dict(),
+                    "ema": self.ema.state_dict() if self.ema is not None else None,
+                    "scaler": scaler.state_dict() if scaler is not None else None})
+        self.accelerator.wait_for_everyone()
+        self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
+
+    def _finite(self, totals: dict[str, list[float]]) -> bool:
+        """Whether the signals since the last row and the weights themselves are finite."""
+        summed = all(math.isfinite(totals[name][0]) for name in self.watch.finite if name in totals)
+        return summed and bool(torch.stack([weight.isfinite().all() for weight in self.trained]).all())
+
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Take over the newest checkpoint and return the step to go on with, 0 when there is none."""
+        folder = checkpoints.newest()
+        if folder is None:
+            return 0
+        state = load_state(folder)
+        _load_weights(self.policy, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        for row in state["history"]:
+            self.watch.see(row, self.settings.log_every)
+        self.history = state["history"]
+        self.signals.restore(state["signals"])
+        self.earlier = checkpoints.seconds()
+        return state["step"]
+
+    def finish(self) -> None:
+        """Leave the moving average in the policy, where one is kept."""
+        if self.ema is not None:
+            self.ema.copy_to(self.trained)
+
+    def close(self) -> None:
+        """Leave nothing of the training on the policy but its weights."""
+        if self.settings.gradient_checkpointing:
+            self.policy.disable_gradient_checkpointing()
+        self.accelerator.free_memory()
 
 
 def _place(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
@@ -199,10 +249,19 @@ def _place(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionM
     return unet.to(device, memory_format=layout).eval()
 
 
-def _adamw(module: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trainable, lr=settings.lr, betas=(settings.adam_beta1, settings.adam_beta2),
-                             weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
+def _save_weights(policy: UNet2DConditionModel, folder: Path) -> None:
+    """`unet/`, which loads in plain diffusers, or the adapter alone where only that is trained."""
+    if adapters.attached(policy):
+        adapters.save(policy, folder / "lora")
+    else:
+        save_unet(policy, folder / "unet")
+
+
+def _load_weights(policy: UNet2DConditionModel, folder: Path) -> None:
+    if adapters.attached(policy):
+        adapters.load(policy, folder / "lora")
+    else:
+        policy.load_state_dict(load_unet(folder / "unet").state_dict())
 
 
 def _check(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
@@ -213,6 +272,13 @@ def _check(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None,
                          "train fp32 weights with mixed precision")
     if method.pairing is not Pairing.WINNER and data.losers is None:
         raise BenchError(f"{method.name} is trained on pairs, but the data has no losers")
+    if accelerator.mixed_precision != ("no" if settings.precision == "fp32" else settings.precision):
+        raise BenchError(f"train.precision is {settings.precision}, but the accelerator was made for "
+                         f"{accelerator.mixed_precision}")
+    if adapters.attached(policy) != (settings.lora_rank is not None):
+        raise BenchError(f"train.lora_rank is {settings.lora_rank}: the policy needs an adapter exactly then")
+    if reference is policy and settings.lora_rank is None:
+        raise BenchError("only a policy that trains an adapter can be its own reference")
     if method.needs_reference and reference is None:
         raise BenchError(f"{method.name} needs a reference model")
     if settings.batch_size < accelerator.num_processes:

@@ -45,6 +45,8 @@ class Method(ABC):
     def loss(self, policy: Errors, reference: Errors | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of every sample `[B]` and the signals to log, each `[B]` without gradient.
 
+        A signal is logged as its mean, one named `*_drift` in ranges of timesteps too, `logit` with its spread.
+        A method that logs `implicit_accuracy` is one whose loss is log 2 while policy and reference are equal.
         `reference` is None when no reference was run; a method with `needs_reference` always gets one.
         """
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
-from metrics.base import Images, Metric, Published, check_lengths
-from metrics.clip_family import H14_REPOSITORY, OPEN_CLIP, ClipBackbone
+from metrics.base import Published
+from metrics.clip_family import H14_REPOSITORY, OPEN_CLIP, ClipBackbone, CosineMetric
 from metrics.open_clip_format import VIT_H_14, VIT_L_14
 
 
-class CLIPScore(Metric):
+class CLIPScore(CosineMetric):
     """The plain cosine of image and prompt: neither clipped at 0 nor multiplied by 2.5 or 100.
 
     Published tables mostly use `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, some `openai/clip-vit-large-patch14`;
@@ -21,36 +18,16 @@ class CLIPScore(Metric):
 
     name = "clip"
     title = "CLIP"
+    version = "CLIP cosine"
     published = Published(H14_REPOSITORY, None, "3.9 GB")
     architecture: ClassVar[dict] = VIT_H_14
     """Of a checkpoint in open_clip's own format that comes without its configuration."""
-
-    def __init__(self, backbone: ClipBackbone, batch_size: int = 32):
-        self.backbone = backbone
-        self.batch_size = batch_size
 
     @classmethod
     def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> CLIPScore:
         backbone = ClipBackbone.load(weights, "clip", device, cls.published.repository, OPEN_CLIP, cls.published,
                                      cls.architecture)
         return cls(backbone, batch_size)
-
-    def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        check_lengths(images, prompts)
-        return self.backbone.cosine(images, prompts, self.batch_size).numpy()
-
-    def info(self) -> dict[str, str]:
-        return {
-            "version": "CLIP cosine",
-            "checkpoint": self.backbone.checkpoint,
-            "scale": "cosine, -1 to 1",
-            "preprocessing": self.backbone.describe_preprocessing(),
-            "truncates": self.backbone.describe_truncation(),
-            "precision": self.backbone.describe_precision(),
-        }
-
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return self.backbone.count_truncated(prompts)
 
 
 class CLIPScoreL14(CLIPScore):

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,7 +23,16 @@ from transformers.image_utils import PILImageResampling
 from bench.errors import BenchError
 from bench.progress import track
 from metrics import open_clip_format
-from metrics.base import FILE_SUFFIXES, Images, Published, find_weights, to_rgb, weights_digest
+from metrics.base import (
+    FILE_SUFFIXES,
+    Images,
+    Metric,
+    Published,
+    check_lengths,
+    find_weights,
+    to_rgb,
+    weights_digest,
+)
 from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide
 
 H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -185,6 +196,35 @@ class ClipBackbone:
                 parts.append(normalize(encoded.float(), dim=-1).cpu())
                 bar.update(len(batch))
         return torch.cat(parts)
+
+
+class CosineMetric(Metric):
+    """A CLIP's cosine of image and prompt, times `factor`."""
+
+    version: ClassVar[str]
+    factor: float = 1.0
+    scale: str = "cosine, -1 to 1"
+
+    def __init__(self, backbone: ClipBackbone, batch_size: int = 32):
+        self.backbone = backbone
+        self.batch_size = batch_size
+
+    def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+        check_lengths(images, prompts)
+        return (self.factor * self.backbone.cosine(images, prompts, self.batch_size)).numpy()
+
+    def info(self) -> dict[str, str]:
+        return {
+            "version": self.version,
+            "checkpoint": self.backbone.checkpoint,
+            "scale": self.scale,
+            "preprocessing": self.backbone.describe_preprocessing(),
+            "truncates": self.backbone.describe_truncation(),
+            "precision": self.backbone.describe_precision(),
+        }
+
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        return self.backbone.count_truncated(prompts)
 
 
 def _open(kind: type, source: str, **options):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
-from metrics.base import Images, Metric, Published, check_lengths
-from metrics.clip_family import H14_REPOSITORY, ClipBackbone, Reading
+from metrics.base import Published
+from metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric, Reading
 
 
-class HPSv2(Metric):
+class HPSv2(CosineMetric):
     """The cosine of image and prompt by the checkpoint of the paper, v2.0: about 0.27 (papers often print x100).
 
     The published package picks v2.0 unless told otherwise; numbers of v2.1 are on another level.
@@ -19,13 +16,9 @@ class HPSv2(Metric):
 
     name = "hpsv2"
     title = "HPS v2"
-    version: ClassVar[str] = "HPS v2.0"
+    version = "HPS v2.0"
     published = Published("xswu/HPSv2", "HPS_v2_compressed.pt", "3.9 GB")
     bundled: ClassVar[str] = "hpsv2/hpsv2.pt"
-
-    def __init__(self, backbone: ClipBackbone, batch_size: int = 32):
-        self.backbone = backbone
-        self.batch_size = batch_size
 
     @classmethod
     def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32,
@@ -37,23 +30,6 @@ class HPSv2(Metric):
         backbone = ClipBackbone.load(weights, cls.bundled, device, H14_REPOSITORY, Reading("hpsv2", antialias),
                                      cls.published)
         return cls(backbone, batch_size)
-
-    def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        check_lengths(images, prompts)
-        return self.backbone.cosine(images, prompts, self.batch_size).numpy()
-
-    def info(self) -> dict[str, str]:
-        return {
-            "version": self.version,
-            "checkpoint": self.backbone.checkpoint,
-            "scale": "cosine, -1 to 1",
-            "preprocessing": self.backbone.describe_preprocessing(),
-            "truncates": self.backbone.describe_truncation(),
-            "precision": self.backbone.describe_precision(),
-        }
-
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return self.backbone.count_truncated(prompts)
 
 
 class HPSv21(HPSv2):

@@ -105,11 +105,17 @@ class ImageReward(Metric):
         return sum(lengths[prompt] > MAX_TOKENS for prompt in prompts)
 
 
+def config_path(checkpoint: Path) -> Path:
+    """`med_config.json` beside the checkpoint, else the published one."""
+    path = checkpoint.with_name(MED_CONFIG)
+    if path.is_file():
+        return path
+    return Path(find_weights("official", "", Published(ImageReward.published.repository, MED_CONFIG, "1 kB")))
+
+
 def read_config(checkpoint: Path) -> blip.TextConfig:
     """The number of heads and the epsilon of the text encoder, from `med_config.json`."""
-    path = checkpoint.with_name(MED_CONFIG)
-    if not path.is_file():
-        path = Path(find_weights("official", "", Published(ImageReward.published.repository, MED_CONFIG, "1 kB")))
+    path = config_path(checkpoint)
     try:
         given = json.loads(path.read_text())
         return blip.TextConfig(given["num_attention_heads"], given["layer_norm_eps"])

@@ -57,6 +57,11 @@ def metric_title(name: str) -> str:
     return TITLES.get(name, name.removeprefix(JUDGE))
 
 
+def spoken_name(metric: str) -> str:
+    """A metric's name where no block says whether it is the judge's."""
+    return ("judge: " if metric.startswith(JUDGE) else "") + metric_title(metric)
+
+
 def column_digits(rows: pd.DataFrame) -> int:
     """Decimals of a column: those that show its typical interval's width with two figures, at least one."""
     width = float((rows["high"] - rows["low"]).median()) if len(rows) else 0.0
@@ -184,9 +189,13 @@ def pad(text: str, width: int) -> str:
 
 def _markdown(heading: str, rows: pd.DataFrame) -> str:
     marks = {1: "**{}**", 2: "<u>{}</u>"}
-    header, body = cells(
+    return markdown(heading, *cells(
         rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)} {interval}"
-    )
+    ))
+
+
+def markdown(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table whose first column names the rows; other cells are written as they are."""
     lines = [[markdown_text(cell) for cell in header]]
     lines += [[markdown_text(row[0]), *row[1:]] for row in body]
     drawn = ["| " + " | ".join(line) + " |" for line in lines]
@@ -199,16 +208,20 @@ def markdown_text(text: str) -> str:
 
 
 def _latex(heading: str, rows: pd.DataFrame) -> str:
-    """Two lines a model: values, then intervals in small print. Needs no package."""
+    """Two lines a model: values, then intervals in small print."""
     marks = {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
     header, body = cells(
         rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)}\n{{\\tiny {interval}}}"
     )
+    halves = [[cell.partition("\n") for cell in row] for row in body]
+    lines = [[part[index] for part in row] for row in halves for index in (0, 2)]
+    return latex(heading, header, lines)
+
+
+def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table environment that needs no package; the first column is escaped, other cells are LaTeX already."""
     drawn = [" & ".join(map(latex_text, header)) + r" \\"]
-    for row in body:
-        halves = [cell.partition("\n") for cell in row[1:]]
-        drawn.append(" & ".join([latex_text(row[0]), *(half[0] for half in halves)]) + r" \\")
-        drawn.append(" & ".join(["", *(half[2] for half in halves)]) + r" \\")
+    drawn += [" & ".join([latex_text(row[0]), *row[1:]]) + r" \\" for row in body]
     return "\n".join(
         [
             r"\begin{table}",

@@ -20,6 +20,10 @@ METHOD_ORDER = (BASE, "sft", "diffusion_dpo", "spin")
 INCIDENTAL = {
     "train.micro_batch",
     "train.log_every",
+    "data.batch_size",
+    "train.gradient_checkpointing",
+    "train.checkpoint_every",
+    "train.stop_on_collapse",
     "opponent.batch_size",
     "evaluation.batch_size",
     "evaluation.protocol",
@@ -43,6 +47,7 @@ class Runs:
     models: dict[str, tuple[str, int]]
     problems: list[str] = field(default_factory=list)
     arrays: dict = field(default_factory=dict, repr=False)  # scores by setting, kept by tables.group_scores
+    agreements: dict = field(default_factory=dict, repr=False)  # kept by agreement.setting
 
     @property
     def protocol(self) -> dict:

@@ -94,7 +94,7 @@ def context(runs: Runs) -> dict[str, Any]:
         "settings": [sections.setting(runs, finding, palette, lead) for finding in found],
         "papers": sections.paper_tables(runs),
         "training": sections.training(runs, palette),
-        "names": sections.spoken_name,
+        "names": layouts.spoken_name,
         "training_models": [model for model in runs.models if model in set(runs.history["model"])],
     }
 

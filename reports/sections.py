@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reports import charts, cost, layouts, paper, plots, stats, tables
+from reports import agreement, charts, cost, layouts, paper, plots, stats, tables
+from reports.layouts import spoken_name
 from reports.load import BASE, Runs
 from reports.signatures import signatures
 from reports.stats import AVERAGES, JUDGE
@@ -47,6 +48,11 @@ TESTED = (
     "Below it the smallest true difference that this comparison would find with 80 % power at the 5 % level."
 )
 
+HEAT_MAPS = {
+    "changes": "Spearman's rank correlation of per-prompt differences to base, all models together.",
+    "images": "Spearman's rank correlation over all images of all models.",
+}
+
 
 def setting(runs: Runs, finding: Finding, palette: dict[str, str], lead: str) -> dict[str, Any]:
     """Everything of one setting but its pictures, by the names the template uses."""
@@ -65,6 +71,7 @@ def setting(runs: Runs, finding: Finding, palette: dict[str, str], lead: str) ->
             views.append(_view(key, f"Win rate over {against}", rate))
             found["bars"].append((against, _panels(rate, lambda rows, name: plots.winrates(rows, palette, name))))
         views.append(_tests(gain))
+        views.append(_agreement_view(runs, finding))
         found["charts"] = _charts(runs, finding, mean, palette, lead)
     views.append(_view("median", "Median", tables.table(runs, "median", **where)))
     if any(iteration > 1 for _, iteration in runs.models.values()):
@@ -97,10 +104,6 @@ def _panels(tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
         for metric, rows in tidy.groupby("metric", sort=False)
         if not str(metric).startswith(JUDGE) or metric in tables.JUDGE_PARTS
     ]
-
-
-def spoken_name(metric: str) -> str:
-    return ("judge: " if metric.startswith(JUDGE) else "") + layouts.metric_title(metric)
 
 
 def _halves(tidy: pd.DataFrame, cells: Any) -> list[Any]:
@@ -162,19 +165,41 @@ def _charts(
                 drawn = charts.efficiency(rows, along, axis, runs.models, palette, name)
                 found.append((f"{name} against {axis.split(',')[0]}", "Bars are 95 % intervals.", safe(drawn)))
     changes = _changes(scores, protocol)
-    metrics = [m for m in scores.metrics if m in changes and (not m.startswith(JUDGE) or m in tables.JUDGE_PARTS)]
-    metrics = [m for m in metrics if m not in AVERAGES]
-    if len(metrics) > 1:
-        pooled = pd.DataFrame({m: np.concatenate(list(changes[m].values())) for m in metrics})
-        remark = "Spearman's rank correlation of per-prompt differences to base, all models together."
-        drawn = charts.agreement(pooled.corr("spearman").to_numpy(), [spoken_name(m) for m in metrics])
-        found.append(("Do the metrics agree?", remark, safe(drawn)))
+    agreed = _agreement(runs, finding)
+    for unit, remark in HEAT_MAPS.items():
+        square = agreement.matrix(agreed, unit)
+        if len(square) > 1:
+            drawn = charts.agreement(square.to_numpy(), [spoken_name(name) for name in square])
+            found.append((f"Do the metrics agree? {agreement.UNIT_TITLES[unit].capitalize()}", remark, safe(drawn)))
     for metric in [lead, *learned[:1]]:
         if changes.get(metric):
             remark = "Dot: median. Thick: middle half. Thin: middle 90 %. Mean over training seeds."
             drawn = charts.distributions(changes[metric], palette, spoken_name(metric))
             found.append((f"{spoken_name(metric)}, prompt by prompt", remark, safe(drawn)))
     return found
+
+
+def _agreement(runs: Runs, finding: Finding) -> pd.DataFrame:
+    metrics = tables.chosen_metrics(runs, None)
+    return agreement.setting(runs, finding.group, metrics, tables.default_protocol(runs))
+
+
+def _agreement_view(runs: Runs, finding: Finding) -> View | None:
+    """Each metric beside the exact judge, where there is one."""
+    rows = _agreement(runs, finding)
+    if rows.empty or tables.JUDGE_PARTS[0] not in set(rows["second"]):
+        return None
+    header, body = agreement.with_judge(rows)
+    pairs = agreement.opposed(rows)
+    cells = [[line[0], *map(_split, line[1:-1]), Cell(line[-1], pairs.get(line[0], ""))] for line in body]
+    caption = f"rank correlation with the judge's utility · {agreement.caption(rows)}"
+    return View("agreement", "Agreement", caption, agreement.NOTE, None, (header, cells))
+
+
+def _split(text: str) -> Cell | str:
+    """ "0.51 [0.48, 0.55]" as value and small print."""
+    value, _, small = text.partition(" ")
+    return text if text == "-" else Cell(minus(value), minus(small))
 
 
 def _changes(scores: stats.Scores, protocol: str) -> dict[str, dict[str, np.ndarray]]:

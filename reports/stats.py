@@ -147,8 +147,8 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a > b) + 0.5 * (a == b)
 
 
-@lru_cache(maxsize=4)
-def _counts(n: int, resamples: int) -> np.ndarray:
+@lru_cache(maxsize=8)
+def resample_counts(n: int, resamples: int) -> np.ndarray:
     """How often each prompt is in each resample, float32 [n, resamples].
 
     The same for every model and metric of n prompts, which is what makes intervals of differences paired; and
@@ -174,7 +174,7 @@ def _seed_weights(n: int, resamples: int) -> np.ndarray:
 def _resampled_means(rows: np.ndarray, resamples: int) -> np.ndarray:
     """[rows, prompts] -> [rows, resamples]."""
     centre = rows.mean(axis=1, keepdims=True)  # float32 products of centred values lose nothing that matters
-    product = (rows - centre).astype(np.float32) @ _counts(rows.shape[1], resamples)
+    product = (rows - centre).astype(np.float32) @ resample_counts(rows.shape[1], resamples)
     return product / rows.shape[1] + centre
 
 
@@ -186,7 +186,7 @@ def _resampled_medians(rows: np.ndarray, resamples: int) -> np.ndarray:
     cumulated.
     """
     n = rows.shape[1]
-    counts, reach = _counts(n, resamples), 4 * math.isqrt(n) + 4
+    counts, reach = resample_counts(n, resamples), 4 * math.isqrt(n) + 4
     start, stop = max(0, n // 2 - reach), min(n, n // 2 + reach)
     order = rows.argsort(axis=1, kind="stable")
     ahead = np.zeros(rows.shape, np.float32)

@@ -54,8 +54,8 @@ def table(
     if stat == "winrate":
         against = against or BASE
     against = runs.resolve(against) if against else None
-    groups = _chosen_groups(runs, prompt_set, guidance)
-    chosen = _chosen_metrics(runs, metrics)
+    groups = chosen_groups(runs, prompt_set, guidance)
+    chosen = chosen_metrics(runs, metrics)
     parts = []
     for group in groups:
         scores, setting = group_scores(runs, group), []
@@ -124,7 +124,7 @@ def one_of(value: str, options: Sequence[str], what: str) -> None:
         )
 
 
-def _chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) -> list[tuple[str, float]]:
+def chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) -> list[tuple[str, float]]:
     groups = runs.groups
     chosen = [g for g in groups if prompt_set in (None, g[0]) and (guidance is None or g[1] == guidance)]
     if not chosen:
@@ -136,7 +136,7 @@ def _chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) -
     return chosen
 
 
-def _chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
+def chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
     names = metric_names(runs)
     if not metrics:
         return [name for name in names if not name.startswith(stats.JUDGE) or name in JUDGE_PARTS]

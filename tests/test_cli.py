@@ -102,7 +102,7 @@ def test_lists_are_plain_lists_as_json(bench, kind):
 
 
 def test_lists_explain_in_text(bench):
-    assert bench("list", "suites")[1].startswith("mini  Drawn scenes")
+    assert bench("list", "suites")[1].startswith("mini           Drawn scenes")
 
 
 def test_a_missing_database_driver_is_named_before_anything_starts(bench, monkeypatch, tmp_path):

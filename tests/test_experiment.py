@@ -197,6 +197,20 @@ def test_resume_does_nothing_twice(here, monkeypatch):
     pd.testing.assert_frame_equal(scores_of(run.folder), before)
 
 
+def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeypatch):
+    assert bench("run --suite tiny.yaml --method sft --set metrics=[] --set judge=mini") == 0
+    run = run_of("sft")
+    assert scores_of(run.folder)["metric"].str.startswith("judge/").all()
+    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(experiment, "sample", None)
+    assert bench(f"run --resume {run.id} --set metrics=[darkness] --set judge=null") == 0
+    assert list(json.loads((run.folder / "protocol.json").read_text())["metrics"]) == ["darkness"]
+    assert runs.load(run.id).suite.metrics == ["darkness"]
+    again = scores_of(run.folder)
+    monkeypatch.chdir(here)
+    pd.testing.assert_frame_equal(again, scores_of(run_of("sft").folder))
+
+
 def test_human_losers_are_read_only_by_methods_on_human_pairs(elsewhere, monkeypatch):
     read = []
     losers = PreferenceData.losers
@@ -266,8 +280,8 @@ def test_killed_twice_and_resumed_the_table_is_the_same(here, elsewhere, monkeyp
     assert bench(f"run --resume {run.id}") == 0
     assert not list(run.folder.rglob(".*.tmp"))
     resumed = scores_of(run.folder)
-    history = pd.read_parquet(run.folder / "history.parquet").drop(columns="pairs_per_s")
+    history = pd.read_parquet(run.folder / "history.parquet").drop(columns=["pairs_per_s", "images_per_s"])
     monkeypatch.chdir(here)
     pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
-    undisturbed = pd.read_parquet(run_of("spin").folder / "history.parquet").drop(columns="pairs_per_s")
-    pd.testing.assert_frame_equal(history, undisturbed)
+    undisturbed = pd.read_parquet(run_of("spin").folder / "history.parquet")
+    pd.testing.assert_frame_equal(history, undisturbed[history.columns])

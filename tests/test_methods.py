@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -41,6 +42,42 @@ def test_preference_loss_and_gradient_worked_by_hand():
     assert {name: round(signal.item(), 5) for name, signal in signals.items()} == {
         "implicit_accuracy": 1.0, "logit": 0.35, "winner_drift": -0.02, "loser_drift": 0.05}
     assert not any(signal.requires_grad for signal in signals.values())
+
+
+@pytest.mark.parametrize("method", [DiffusionDPO, SPIN])
+@pytest.mark.parametrize("beta", [2000.0, 5000.0])
+def test_loss_parity_on_fixed_random_tensors(method, beta):
+    """Loss and gradient in fp32 against the formulas in float64, at the betas and errors of SD-1.5.
+
+    For each pair, with winner errors w, w_ref and loser errors l, l_ref read as exact numbers:
+
+        logit = -0.5 beta ((w - w_ref) - (l - l_ref))
+        loss = log(1 + exp(-logit)),    d loss/d w = 0.5 beta / (1 + exp(logit)) = -d loss/d l
+
+    Row 0 in full, beta 2000: w_ref 0.125, w 0.124, l_ref 0.25, l 0.2505 (all but 0.125 and 0.25 rounded to fp32):
+    logit = -1000 (-0.001 - 0.0005) = 1.5, loss = log(1 + e^-1.5) = log(1.22313016) = 0.20141328, and
+    d loss/d w = 1000 / (1 + e^1.5) = 1000 / 5.48168907 = 182.42552.
+    The fp32 result may differ by 1e-6: an error near 0.1 subtracted from one within a factor of two is exact
+    (Sterbenz), so only the last difference and the logistic are rounded.
+    """
+    generator = torch.Generator().manual_seed(0)
+    reference = 0.05 + 0.2 * torch.rand(2, 64, generator=generator)
+    policy = reference + 1e-3 * torch.randn(2, 64, generator=generator)
+    reference[:, 0], policy[:, 0] = torch.tensor([0.125, 0.25]), torch.tensor([0.124, 0.2505])
+    policy.requires_grad_(True)
+    loss, signals = method(beta).loss(Errors(*policy), Errors(*reference))
+    loss.sum().backward()
+    assert loss.dtype == torch.float32
+
+    (w, l), (w_ref, l_ref) = policy.detach().double().numpy(), reference.double().numpy()  # noqa: E741
+    logit = -0.5 * beta * ((w - w_ref) - (l - l_ref))
+    np.testing.assert_allclose(loss.detach().numpy(), np.log1p(np.exp(-logit)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(signals["logit"].numpy(), logit, rtol=1e-6)
+    slope = 0.5 * beta / (1 + np.exp(logit))
+    np.testing.assert_allclose(policy.grad.numpy(), [slope, -slope], rtol=2e-6)
+    if beta == 2000:  # the tolerance is that of 0.124 and 0.2505 in fp32
+        assert loss[0].item() == pytest.approx(0.20141328, abs=1e-5)
+        assert policy.grad[0, 0].item() == pytest.approx(182.42552, abs=1e-2)
 
 
 @given(values, values)

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from bench.errors import BenchError
 from metrics.aesthetic import Aesthetic, build_head, read_state
-from metrics.base import MINI_WEIGHTS, to_rgb
+from metrics.base import to_rgb
 from metrics.clip import CLIPScore
 from metrics.clip_family import H14_REPOSITORY, ClipBackbone, shared_embeddings
 from metrics.pickscore import PickScore, PickScoreCosine
@@ -303,13 +303,3 @@ def test_heads_that_are_not_heads(clip_folder, tmp_path, monkeypatch):
 def test_counts_must_agree(clip_folder, images):
     with pytest.raises(BenchError, match="5 images but 2 prompts"):
         CLIPScore.load(str(clip_folder)).score(images, PROMPTS[:2])
-
-
-@pytest.mark.skipif(not (MINI_WEIGHTS / "aesthetic").exists(), reason="the miniature scorers are not built")
-@pytest.mark.parametrize("metric", [CLIPScore, PickScore, Aesthetic])
-def test_bundled_scorers_know_better_from_worse(metric):
-    from bench.mini import pools
-
-    pairs = pools.pair_pool(77, 100, "test")
-    scores = metric.load().score(pairs.images, pairs.captions)
-    assert pools.pairwise(scores, pairs.utility)["accuracy"] > 0.55

@@ -19,9 +19,10 @@ from bench.cache import Embeddings
 from bench.experiment import build_method
 from bench.models import load_pipeline
 from bench.plan import Planner, distinct_pairs, solver_evaluations
+from bench.recipe import TrainSettings
 from bench.sample import sample
 from bench.suites import Iteration, load_suite
-from bench.train import TrainData, TrainSettings, train
+from bench.train import TrainData, train
 
 NOTHING_SCORED = ["metrics=[]", "judge=null"]
 
@@ -63,7 +64,7 @@ def step(pipe, accelerator, method: str, size: int, micro: int, steps: int = 1):
 @pytest.mark.parametrize("method", ["spin", "sft"])
 def test_a_training_step_of_the_miniature_costs_what_is_planned(mini, accelerator, method):
     suite = load_suite("mini", [*NOTHING_SCORED, "train.batch_size=2", "train.micro_batch=1"])
-    planned = Planner(suite, 0).train("", 1, paired=method != "sft", reference=method != "sft")
+    planned = Planner(suite, 0).train(method, 1, 1, paired=method != "sft", reference=method != "sft")
     assert planned.flops == pytest.approx(count(step(mini, accelerator, method, 2, 1)), rel=0.05)
     assert planned.count == 2
 
@@ -84,7 +85,7 @@ def test_a_pair_of_stable_diffusion_1_5_costs_what_torch_counts(monkeypatch):
     suite = load_suite("mini", [*NOTHING_SCORED, "model.weights=random:sd15", "train.batch_size=1",
                                 "train.micro_batch=1"])
     planner = Planner(suite, 0)
-    planned, unet = planner.train("", 1, paired=True, reference=True), planner.models.unet
+    planned, unet = planner.train("spin", 1, 1, paired=True, reference=True), planner.models.unet
     rows = (torch.empty(2, 4, 64, 64, device="meta"), torch.zeros(2, device="meta"),
             torch.empty(2, 77, 768, device="meta"))
 
@@ -154,7 +155,7 @@ def test_the_command_prints_hours_that_follow_from_the_operations(tiny_pipeline_
     assert total["wall_hours"] == pytest.approx(total["gpu_hours"] / 4)
     assert total["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in stages)
     text = run(line, capsys)
-    assert "4 x NVIDIA A100 80 GB at 50% of 19.5 TFLOP/s (fp32)" in text
+    assert "4 x NVIDIA A100 80 GB at 50% of 312 TFLOP/s (bf16), 19.5 TFLOP/s (fp32)" in text
     assert "does not fit" not in text
 
 

@@ -33,7 +33,7 @@ class Brightness(Metric):
                          in zip(images, prompts, strict=True)], np.float32)
 
     def info(self):
-        return {"version": "1"}
+        return {"version": "1", "truncates": "prompts after 5 letters"}
 
     def count_truncated(self, prompts):
         return sum(len(prompt) > 5 for prompt in prompts)
@@ -84,7 +84,8 @@ def test_every_kind_of_prompts_file(folder, tmp_path, name):
     assert table["prompt"].tolist() == [row["prompt"] for row in ROWS] and not table["problem"].any()
     expected = [np.asarray(Image.open(folder / row["file_name"])).mean() + len(row["prompt"]) for row in ROWS]
     np.testing.assert_allclose(table["brightness"], expected, rtol=1e-6)
-    assert protocol["metrics"]["brightness"] == {"version": "1", "truncated_prompts": 1} and protocol["scored"] == 4
+    assert protocol["metrics"]["brightness"] == {"version": "1", "truncates": "prompts after 5 letters",
+                                                 "truncated_prompts": 1} and protocol["scored"] == 4
 
 
 def test_metadata_in_the_folder_is_found(folder):
@@ -141,8 +142,8 @@ def run(*arguments: str) -> int:
 
 
 def test_the_command_writes_the_protocol_into_its_files(folder, tmp_path, capsys):
-    prompts = str(write(tmp_path / "p.csv", ROWS))
-    common = (str(folder), "--prompts", prompts, "--metrics", "brightness")
+    prompts = write(tmp_path / "p.csv", ROWS)
+    common = (str(folder), "--prompts", str(prompts), "--metrics", "brightness")
     assert run(*common, "-o", "s.parquet", "--set", "brightness.factor=0.5") == 0
     stored = pq.read_table("s.parquet")
     protocol = json.loads(stored.schema.metadata[b"bench.protocol"])
@@ -150,7 +151,11 @@ def test_the_command_writes_the_protocol_into_its_files(folder, tmp_path, capsys
     assert run(*common, "-o", "s.csv") == 0
     assert Path("s.csv").read_text().startswith("# bench.protocol: {")
     assert len(pd.read_csv("s.csv", comment="#")) == 4
-    assert "4 of 4 images scored" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "4 of 4 images scored" in told.out and protocol["metrics"]["brightness"]["truncated_prompts"] == 1
+    assert told.err.splitlines()[-1] == "prompts truncated, of 4: brightness 1 (after 5 letters)"
+    prompts.write_text(prompts.read_text().replace("a longer one", "short"))
+    assert run(*common) == 0 and capsys.readouterr().err.endswith("of 4: none by any scorer\n")
 
 
 def test_mistakes_on_the_command_line(folder, tmp_path, capsys):

@@ -105,3 +105,23 @@ def test_twins_differ_and_texts_fit():
     assert tokens.shape[0] == 60 and tokens.shape[1] < scorers.TEXT["max_position_embeddings"]
     scenes = [world.parse(caption) for caption in pool.captions]
     assert all(first != second for first, second in zip(scenes[0::2], scenes[1::2], strict=True))
+
+
+def test_the_builder_teaches_each_scorer_from_the_same_inputs(tmp_path, monkeypatch):
+    from bench.mini import __main__ as builder
+
+    calls = {}
+    for name in builder.SCORERS:
+        monkeypatch.setitem(builder.SCORERS, name, lambda *places, _name=name, **given: calls.update(
+            {_name: (places, given)}))
+    monkeypatch.setattr(builder.Builder, "load_samples", lambda self: "samples")
+    work = builder.Builder(tmp_path / "work", tmp_path / "out", "cpu")
+    for need in ("vae", "denoiser", "judge", "samples", "clip"):
+        with work.stage(need).fresh():
+            pass
+    for name in builder.SCORERS:
+        work.build(name)
+        (folder, checkpoint, clip), given = calls[name]
+        assert folder.parent == tmp_path / "work" and checkpoint.name == f"{name}.pt" and clip.name == "clip"
+        assert given["samples"] == "samples" and builder.PLAN[name].items() <= given.items()
+        assert work.stage(name).done

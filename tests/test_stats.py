@@ -81,7 +81,7 @@ def test_average_is_the_mean_of_the_papers_scores() -> None:
 @pytest.mark.parametrize("n", [1, 2, 9, 10, 301])
 def test_resampled_medians_are_those_of_the_resamples(n: int) -> None:
     rows = RNG.integers(0, 40, (2, n)).astype(float)
-    counts = stats._counts(n, 60).astype(int)
+    counts = stats.resample_counts(n, 60).astype(int)
     expected = [[np.median(np.repeat(row, counts[:, b])) for b in range(60)] for row in rows]
     np.testing.assert_allclose(stats._resampled_medians(rows, 60), expected)
 
@@ -134,5 +134,5 @@ def test_only_prompts_that_every_model_has_are_compared() -> None:
 def test_intervals_are_the_same_every_time() -> None:
     data = RNG.standard_normal((2, 3, 50))
     first = stats.estimates(data)
-    stats._counts.cache_clear()
+    stats.resample_counts.cache_clear()
     np.testing.assert_array_equal(stats.estimates(data), first)

@@ -35,7 +35,8 @@ def test_shipped_suites_are_valid_and_carry_their_own_name(name):
 def test_every_field_of_the_default_is_in_the_file_so_that_it_can_be_explained_there():
     written = flat(yaml.safe_load(available()["mini"].read_text()))
     resolved = flat(load_suite("mini").model_dump())
-    assert set(resolved) - set(written) == {"methods.sft.iterations.0.beta"}
+    per_method = {"methods.sft.iterations.0.beta"} | {f"methods.{name}.train" for name in load_suite("mini").methods}
+    assert set(resolved) - set(written) == per_method
 
 
 def test_evaluation_guidance_was_fixed_in_advance():
@@ -132,3 +133,41 @@ def test_more_iterations_than_listed_repeat_the_last():
 def test_a_method_the_suite_does_not_list_is_named():
     with pytest.raises(UsageError, match="has no settings for method 'kto'; it has sft"):
         load_suite("mini").schedule("kto")
+
+
+def test_the_paper_scale_suite_holds_the_papers_protocol_and_hyperparameters():
+    """Appendix A.1 of SPIN-Diffusion; sd15-released has what its model cards say instead."""
+    paper, released = load_suite("sd15"), load_suite("sd15-released")
+    evaluation = paper.evaluation
+    assert (evaluation.guidance, evaluation.steps, evaluation.seeds[0], len(evaluation.seeds), evaluation.protocol) \
+        == ([7.5], 50, 5775709, 5, "best")
+    assert [(s.steps, s.lr, s.beta) for s in paper.schedule("spin")] == [
+        (50, 2e-5, 2000), (500, 2e-5, 5000), (200, 5e-8, 5000)]
+    assert [(s.steps, s.lr) for s in released.schedule("spin")] == [(500, 2e-5)] * 3
+    sft, spin = paper.training("sft"), paper.training("spin")
+    assert (sft.batch_size, sft.warmup_steps, spin.batch_size, spin.warmup_steps) == (512, 500, 2048, 200)
+    assert released.evaluation == evaluation and released.name == "sd15-released"
+    assert all(options == {"weights": "official"} for options in paper.metric_options.values())
+    assert set(paper.metric_options) == set(paper.metrics) and paper.judge is None
+
+
+def test_a_file_extends_a_suite_or_another_file(suite_file, tmp_path):
+    suite_file()
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: own.yaml\nname: child\ntrain: {batch_size: 7}\nevaluation: {guidance: [2.0]}\n")
+    suite, parent = load_suite(str(child)), load_suite(str(tmp_path / "own.yaml"))
+    assert (suite.name, suite.train.batch_size, suite.evaluation.guidance) == ("child", 7, [2.0])
+    assert suite.train.micro_batch == parent.train.micro_batch and suite.methods == parent.methods
+    child.write_text("extends: child.yaml\n")
+    assert "extends itself" in complaint(suite=str(child))
+    child.write_text("extends: sd51\n")
+    assert complaint(suite=str(child)).startswith("unknown suite 'sd51' (did you mean 'sd15'?)")
+
+
+def test_a_method_changes_the_train_section_for_itself_and_no_more():
+    suite = load_suite("mini", ["methods.sft.train.batch_size=64"])
+    assert (suite.training("sft").batch_size, suite.training("spin").batch_size) == (64, 32)
+    assert suite.training("sft").micro_batch == suite.train.micro_batch
+    text = complaint("methods.sft.train.batch_sise=64")
+    assert "did you mean 'methods.sft.train.batch_size'?" in text
+    assert "'methods.sft.train.batch_size': expected a value greater" in complaint("methods.sft.train.batch_size=0")

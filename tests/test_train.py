@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tiny import make_unet
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
-from bench.batches import TrainData, draw, micro_batches, sample_order
+from bench.batches import TrainData, draw, flips, micro_batches, sample_order
 from bench.errors import BenchError, UsageError
 from bench.models import load_unet, save_unet
 from bench.train import TrainSettings, predicted_noise, train
@@ -69,15 +69,41 @@ def recorded_inputs() -> Iterator[list[tuple]]:
         yield calls
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@contextmanager
+def recorded_outputs() -> Iterator[set[torch.dtype]]:
+    """The precisions in which UNets answered."""
+    seen = set()
+    forward = UNet2DConditionModel.forward
+
+    def spy(self, *arguments, **options):
+        output = forward(self, *arguments, **options)
+        seen.add(output.sample.dtype)
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet2DConditionModel, "forward", spy)
+        yield seen
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", [DiffusionDPO(5000.0), SPIN(2000.0)])
 def test_an_untrained_policy_has_loss_log_2_exactly(base, data, make_accelerator, precision, method):
-    """Through the real loop, at a large beta that would show the last bit of a difference."""
-    _, history = run(base, method, data, make_accelerator(precision), steps=1, batch_size=7, micro_batch=3)
+    """Through the real loop, at a large beta that would show the last bit of a difference.
+
+    accelerate knows no fp16 on a CPU, torch does: there its autocast is put around the whole loop.
+    """
+    half = precision == "fp16"
+    accelerator = make_accelerator("no" if precision in ("fp32", "fp16") else precision)
+    with torch.autocast("cpu", torch.float16, enabled=half), recorded_outputs() as seen:
+        _, history = run(base, method, data, accelerator, steps=1, batch_size=7, micro_batch=3,
+                         precision="fp32" if half else precision)
     row = history[0]
     assert row["loss"] == LOG_2
     assert (row["implicit_accuracy"], row["winner_drift"], row["loser_drift"]) == (0.5, 0, 0)
+    assert (row["logit"], row["logit_std"]) == (0, 0)
     assert row["grad_norm"] > 0
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    assert seen == {dtypes[precision]}  # it did run in that precision, the policy and the reference alike
 
 
 @pytest.mark.parametrize("method", [DiffusionDPO(500.0), SPIN(500.0)])
@@ -192,7 +218,7 @@ def test_mixed_precision_leaves_no_wrapper_on_the_policy(base, data, make_accele
     accelerator = make_accelerator("bf16")
     policy = copy.deepcopy(base)
     for first_step in (0, 1):  # two iterations with one accelerator, the second on the first one's policy
-        settings = replace(SETTINGS, steps=1, first_step=first_step)
+        settings = replace(SETTINGS, steps=1, first_step=first_step, precision="bf16")
         train(policy, copy.deepcopy(policy), SPIN(500.0), data, settings, SCHEDULER, 0, accelerator)
     assert policy.dtype == torch.float32 and "forward" not in vars(policy)
     save_unet(policy, tmp_path / "unet")
@@ -243,6 +269,13 @@ def test_what_cannot_be_trained_is_refused(base, data, accelerator):
         run(base, DiffusionDPO(1.0), data, accelerator, reference=None)
     with pytest.raises(BenchError, match="float16.*mixed precision"):
         run(copy.deepcopy(base).half(), SFT(), data, accelerator)
+    with pytest.raises(BenchError, match="precision is bf16, but the accelerator"):
+        run(base, SFT(), data, accelerator, precision="bf16")
+    with pytest.raises(BenchError, match="lora_rank is 4: the policy needs an adapter"):
+        run(base, SFT(), data, accelerator, lora_rank=4)
+    with pytest.raises(BenchError, match="its own reference"):
+        policy = copy.deepcopy(base)
+        train(policy, policy, DiffusionDPO(1.0), data, SETTINGS, SCHEDULER, 0, accelerator)
     with pytest.raises(UsageError, match="number of processes"):
         run(base, SFT(), data, accelerator, batch_size=0)
     with pytest.raises(BenchError, match="losers have shape"):
@@ -307,3 +340,36 @@ def test_draws_are_spread_as_they_should_be():
     assert abs(draws.noise.std() - 1) < 0.01 and math.isclose(draws.noise.mean(), 0, abs_tol=0.02)
     assert not draw(0, 0, np.arange(50), (1,), 10, 0.0).dropped.any()
     assert draw(0, 0, np.arange(50), (1,), 10, 1.0).dropped.all()
+
+
+def test_flips_mirror_winner_and_loser_together_and_depend_on_seed_step_and_sample_alone(data):
+    """Stored as is and mirrored, here marked 0 and 1, a batch must take the same side of both halves."""
+    marked = np.broadcast_to(np.arange(2.0).reshape(1, 2, 1, 1, 1), (10, 2, 4, 8, 8)).astype(np.float16)
+    both = replace(data, winners=marked, losers=marked)
+    samples = np.arange(10)
+
+    def sides(seed: int, step: int, samples: np.ndarray = samples) -> np.ndarray:
+        return both.latents(samples, True, seed, step)[:, 0, 0, 0]
+
+    chosen = np.array([sides(0, step) for step in range(40)])
+    assert chosen.dtype == np.float32
+    np.testing.assert_array_equal(chosen[:, :10], chosen[:, 10:])
+    np.testing.assert_array_equal(sides(0, 3)[:10], flips(0, 3, samples))
+    np.testing.assert_array_equal(sides(0, 3, samples[[7, 2]])[:2], chosen[3, [7, 2]])
+    assert 0.4 < chosen.mean() < 0.6 and len(np.unique(chosen[:, :10], axis=0)) > 30
+    assert not np.array_equal(sides(1, 3), sides(0, 3))
+
+
+def test_training_on_stored_rows_equals_training_on_arrays(base, data, accelerator):
+    """Rows in several shards, as the cache keeps them, are the same data."""
+    import bench.shards as shards
+
+    def rows(array: np.ndarray) -> shards.Rows:
+        return shards.Rows([array[start:start + shards.SHARD] for start in range(0, len(array), shards.SHARD)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD", 3)
+        stored = TrainData(rows(data.winners), rows(data.losers), data.prompts)
+        one, _ = run(base, DiffusionDPO(500.0), stored, accelerator)
+    other, _ = run(base, DiffusionDPO(500.0), data, accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))

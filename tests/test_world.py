@@ -138,7 +138,7 @@ def test_preference_data_renders_winners_and_losers_of_the_same_prompt():
 
 @pytest.mark.parametrize(("content", "name", "message"), [
     ("", "empty.txt", "no prompts"), ("a\n\nb\n", "gap.txt", "1 empty prompt.*row 2"),
-    ("text\nhello\n", "table.csv", "no column 'prompt'; found text")])
+    ("words\nhello\n", "table.csv", "no column 'prompt'; found words")])
 def test_bad_prompt_files_are_named(tmp_path, content, name, message):
     path = tmp_path / name
     path.write_text(content)

@@ -68,8 +68,25 @@ def die_in(stage: str) -> None:
     Stage.fresh = deadly
 
 
+def die_at(steps: int) -> None:
+    """Make this process kill itself instead of its `steps`-th training step."""
+    from bench.train import Loop
+
+    step, left = Loop.step, [steps]
+
+    def deadly(self: Loop, number: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, number)
+
+    Loop.step = deadly
+
+
 if __name__ == "__main__":
     registry.BUILT_IN["metrics"]["darkness"] = DARKNESS
     if "TINY_BENCH_DIES_IN" in os.environ:
         die_in(os.environ["TINY_BENCH_DIES_IN"])
+    if "TINY_BENCH_DIES_AT_STEP" in os.environ:
+        die_at(int(os.environ["TINY_BENCH_DIES_AT_STEP"]))
     cli.main()

@@ -71,6 +71,8 @@ def corpus(seed: int, index: int) -> Drawing:
 # Two imperfect generators, better than the corpus in different ways.
 VIVID = {"oversaturation": (1.3, 4.0, 1.0), "displacement": (1.2, 5.0, 1.0), "blotches": (1.0, 8.0, 1.0)}
 SOFT = {"fade": (1.3, 4.0, 1.0), "blotches": (1.3, 4.0, 1.0), "shadow": (1.3, 4.0, 1.0)}
+GENERATORS = ((0.04, VIVID), (0.08, SOFT))
+"""Of each: the rate of wrong attributes, and its defects."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def pair(seed: int, index: int, split: str = "train") -> Pair:
     asked = world.random_scene(rng, split=split)
     text = world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS)))
     vivid, soft = (Drawing(text, asked, world.with_errors(asked, rng, rate), severities(rng, spread),
-                           int(rng.integers(2**62))) for rate, spread in ((0.04, VIVID), (0.08, SOFT)))
+                           int(rng.integers(2**62))) for rate, spread in GENERATORS)
     vivid_wins = rng.random() < 1 / (1 + np.exp((soft.utility - vivid.utility) / LABEL_TEMPERATURE))
     return Pair(vivid, soft) if vivid_wins else Pair(soft, vivid)
 

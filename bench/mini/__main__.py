@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ PLAN: dict[str, dict[str, Any]] = {
     "judge": {"steps": 4000, "pool": 30_000},
     "samples": {"prompts": 400},
     "clip": {"steps": 2500, "pool": 24_000},
-    "pickscore": {"steps": 1500, "pairs": 10_000},
+    "pickscore": {"steps": 4000, "pairs": 20_000},
     "aesthetic": {"steps": 3000, "pool": 12_000},
-    "hpsv2": {"steps": 1500, "rankings": 5000},
-    "imagereward": {"steps": 3000, "pairs": 10_000},
+    "hpsv2": {"steps": 4000, "rankings": 9000},
+    "imagereward": {"steps": 4000, "pairs": 20_000},
 }
 NEEDS = {"vae": (), "denoiser": ("vae",), "judge": ("vae",), "samples": ("denoiser", "judge"), "clip": ("vae",),
          "pickscore": ("clip", "samples"), "aesthetic": ("clip", "samples"),
          "hpsv2": ("clip", "samples"), "imagereward": ("clip", "samples")}
+SCORERS: dict[str, Callable[..., None]] = {
+    "pickscore": scorers.train_pickscore, "aesthetic": scorers.train_aesthetic, "hpsv2": rankers.train_hpsv2,
+    "imagereward": rankers.train_imagereward}
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Builder:
         missing = [need for need in NEEDS[name] if not self.stage(need).done]
         if missing:
             raise click.ClickException(f"{name} needs {', '.join(missing)} first")
-        make: Callable[[Path], None] = getattr(self, name)
+        make: Callable[[Path], None] = partial(self.scorer, name) if name in SCORERS else getattr(self, name)
         with stage.fresh() as folder:
             make(folder)
 
@@ -120,25 +124,10 @@ class Builder:
         scorers.train_clip(folder, self.checkpoint("clip"), build_tokenizer(), seed=SEED, roundtrip=self.roundtrip,
                            device=self.device, **PLAN["clip"])
 
-    def pickscore(self, folder: Path) -> None:
-        scorers.train_pickscore(folder, self.checkpoint("pickscore"), self.stage("clip").directory, seed=SEED,
-                                roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
-                                **PLAN["pickscore"])
-
-    def aesthetic(self, folder: Path) -> None:
-        scorers.train_aesthetic(folder, self.checkpoint("aesthetic"), self.stage("clip").directory, seed=SEED,
-                                roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
-                                **PLAN["aesthetic"])
-
-    def hpsv2(self, folder: Path) -> None:
-        rankers.train_hpsv2(folder, self.checkpoint("hpsv2"), self.stage("clip").directory, seed=SEED,
-                            roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
-                            **PLAN["hpsv2"])
-
-    def imagereward(self, folder: Path) -> None:
-        rankers.train_imagereward(folder, self.checkpoint("imagereward"), self.stage("clip").directory, seed=SEED,
-                                  roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device,
-                                  **PLAN["imagereward"])
+    def scorer(self, name: str, folder: Path) -> None:
+        """What is taught from the miniature CLIP, drawings and rated samples."""
+        SCORERS[name](folder, self.checkpoint(name), self.stage("clip").directory, seed=SEED,
+                      roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device, **PLAN[name])
 
     def install(self) -> None:
         """Copy what is finished to where the package looks for it."""

@@ -88,15 +88,19 @@ def plackett_luce(logits: Tensor) -> Tensor:
 
 
 def ranked_pool(seed: int, count: int) -> Pool:
-    """`count` times `GROUP` drawings of one caption, from nearly right to an untrained generator's."""
+    """`count` times `GROUP` drawings of one caption: two thirds of the groups are of the generators that made the
+    preference pairs, two drawings each; the others range from nearly right to an untrained generator's."""
     broad = dict.fromkeys(world.DEFECTS, (1.0, 2.5, 1.0))
     items = []
     for index in range(count):
         rng = np.random.default_rng([seed, RANKED_STREAM, index])
+        rough = index % 3 == 2
         asked = world.random_scene(rng, counts=(1, 2, 2, 2, 3), split="train")
         text = world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS)))
-        items += [Drawing(text, asked, world.with_errors(asked, rng, rng.uniform(0, 0.3)),
-                          drawings.severities(rng, broad), int(rng.integers(2**62))) for _ in range(GROUP)]
+        for place in range(GROUP):
+            rate, spread = (rng.uniform(0, 0.3), broad) if rough else drawings.GENERATORS[place % 2]
+            items.append(Drawing(text, asked, world.with_errors(asked, rng, rate), drawings.severities(rng, spread),
+                                 int(rng.integers(2**62))))
     return pool_of(items)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bench.data import load_pairs
+from bench.data import PreferenceData
 from bench.evaluate import Scorers
 from bench.perf import compared, interleave, protocol
 from metrics.base import Metric
@@ -30,7 +30,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     """A row for each scorer, and one for all of them together, where equal encoders run once an image."""
     device = torch.device(setting.device)
     scorers = Scorers.load(setting.metrics, options=setting.options, device=setting.device)
-    drawn = load_pairs("world", setting.images, SEED)
+    drawn = PreferenceData(setting.images, SEED)
     images = [Image.fromarray(image) for image in drawn.winners(range(setting.images))]
     groups = {name: {name: metric} for name, metric in scorers.metrics.items()}
     if len(groups) > 1:

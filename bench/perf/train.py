@@ -19,10 +19,11 @@ from bench.experiment import build_method
 from bench.perf import compared, interleave, matmul_flops, protocol
 from bench.perf.baseline import Baseline, Recipe
 from bench.progress import quiet
+from bench.recipe import TrainSettings, make_accelerator
 from bench.sample import latent_shape
 from bench.shared import DTYPES
 from bench.suites import Iteration
-from bench.train import TrainData, TrainSettings, train
+from bench.train import TrainData, train
 from methods.base import Method, Pairing
 
 SEED, LR, BETA = 0, 1e-8, 2000.0  # a rate that leaves the weights as they are, however long one measures
@@ -44,8 +45,7 @@ class Setting:
 
 def measure(setting: Setting) -> dict[str, Any]:
     """One row a method: rates of ours, of the baseline and of the floor, and their ratios."""
-    mixed = "no" if setting.precision == "fp32" else setting.precision
-    accelerator = Accelerator(mixed_precision=mixed)
+    accelerator = make_accelerator(setting.precision)
     device, dtype = accelerator.device, DTYPES[setting.precision]
     pipe = models.load_pipeline(setting.model, device, dtype)
     rows = [_measure(name, setting, pipe, accelerator) for name in setting.methods]
@@ -110,7 +110,8 @@ def _ours(method: Method, setting: Setting, pipe: StableDiffusionPipeline, image
     policy = copy.deepcopy(pipe.unet).float()
     reference = copy.deepcopy(policy) if method.needs_reference else None
     settings = TrainSettings(steps=setting.steps, lr=LR, batch_size=setting.batch_size,
-                             micro_batch=setting.micro_batch or setting.batch_size, log_every=setting.steps)
+                             micro_batch=setting.micro_batch or setting.batch_size, log_every=setting.steps,
+                             precision=setting.precision, stop_on_collapse=False)
 
     def run() -> float:
         train(policy, reference, method, data, settings, pipe.scheduler, SEED, accelerator)

@@ -14,7 +14,7 @@ from bench.errors import UsageError, did_you_mean
 from bench.suites import keys
 
 FOLDER = Path(__file__).parent
-Scheduler = Literal["ddim"]
+Scheduler = Literal["ddim", "pndm", "ddpm"]
 
 
 class Section(BaseModel):
@@ -30,8 +30,12 @@ class Model(Section):
 
 class Data(Section):
     pairs: str
-    size: int = Field(ge=1)
+    size: int | None = Field(None, ge=1)
     seed: int = 0
+    deduplicate: Literal["prompt", "winner"] | None = None
+    flip: bool = False
+    precision: Literal["fp32", "fp16"] = "fp32"
+    batch_size: int = Field(32, ge=1)
 
 
 class Train(Section):
@@ -39,11 +43,21 @@ class Train(Section):
     micro_batch: int = Field(ge=1)
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    schedule_steps: int | None = Field(None, ge=1)
     max_grad_norm: float = Field(1.0, gt=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     prompt_dropout: float = Field(0.0, ge=0, le=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    ema: float | None = Field(None, gt=0, lt=1)
+    lora_rank: int | None = Field(None, ge=1)
+    gradient_checkpointing: bool = False
+    compile: bool = False
     log_every: int = Field(10, ge=1)
+    checkpoint_every: int | None = Field(50, ge=1)
+    stop_on_collapse: bool = True
 
 
 class Opponent(Section):
@@ -75,6 +89,7 @@ class Iteration(Section):
 
 
 class Schedule(Section):
+    train: dict[str, Any] = {}
     iterations: list[Iteration] = Field(min_length=1)
 
 
@@ -92,6 +107,10 @@ class Suite(Section):
     judge: str | None = None
     metric_options: dict[str, dict[str, Any]] = {}
     methods: dict[str, Schedule] = Field(min_length=1)
+
+    def training(self, method: str) -> Train:
+        """The train section as a method changes it."""
+        return Train.model_validate({**self.train.model_dump(), **self.methods[method].train})
 
     def schedule(self, method: str, count: int | None = None) -> list[Iteration]:
         """What a method does in each iteration; beyond the listed ones, the last is repeated."""
@@ -120,17 +139,33 @@ def available() -> dict[str, Path]:
 def load_suite(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Suite:
     """Load a suite by name, or from a YAML file, and apply `KEY=VALUE` overrides (dotted, YAML)."""
     path = available().get(name) or Path(name)
+    suite = _validated(_read(name, path), f"{path}: ")
+    return override(suite, overrides) if overrides else suite
+
+
+def _read(name: str, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings in a file, over those of the suite that its `extends` names; lists are replaced whole."""
     if not path.is_file():
         hint = did_you_mean(name, available())
         raise UsageError(f"unknown suite '{name}'{hint}; suites: {', '.join(available())}, or a YAML file")
+    if path in below:
+        raise UsageError(f"{path}: extends itself, by way of {below[-1]}")
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
-    suite = _validated(settings, f"{path}: ")
-    return override(suite, overrides) if overrides else suite
+    if "extends" not in settings:
+        return settings
+    parent = str(settings.pop("extends"))
+    return _merged(_read(parent, available().get(parent) or path.parent / parent, (*below, path)), settings)
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(settings[key], value) for key, value in changes.items()
+            if isinstance(value, dict) and isinstance(settings.get(key), dict)}
+    return {**settings, **changes, **both}
 
 
 def stored_suite(settings: dict[str, Any]) -> Suite:
@@ -152,14 +187,14 @@ def override(suite: Suite, overrides: list[str] | tuple[str, ...]) -> Suite:
             raise UsageError(f"--set {key}: '{text}' is not a valid value") from error
         typed.append(key)
     try:
-        return Suite.model_validate(tree)
+        return _checked(Suite.model_validate(tree), "")
     except ValidationError as error:
         raise UsageError(keys.explain(error.errors(include_url=False)[0], known, typed)) from error
 
 
 def _validated(settings: dict[str, Any], source: str) -> Suite:
     try:
-        return Suite.model_validate(settings)
+        return _checked(Suite.model_validate(settings), source)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         known = copy.deepcopy(settings)
@@ -167,3 +202,16 @@ def _validated(settings: dict[str, Any], source: str) -> Suite:
             if problem["type"] == "extra_forbidden":
                 keys.remove(known, problem["loc"])
         raise UsageError(source + keys.explain(problems[0], known)) from error
+
+
+def _checked(suite: Suite, source: str) -> Suite:
+    """Refuse what a method may not change in the train section."""
+    for method in suite.methods:
+        try:
+            suite.training(method)
+        except ValidationError as error:
+            place = ("methods", method, "train")
+            problem = error.errors(include_url=False)[0]
+            known = {"methods": {method: {"train": suite.train.model_dump()}}}
+            raise UsageError(source + keys.explain({**problem, "loc": (*place, *problem["loc"])}, known)) from error
+    return suite

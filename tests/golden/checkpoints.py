@@ -12,6 +12,7 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTo
 
 from metrics import imagereward
 from metrics.aesthetic import head_layers
+from metrics.clip_family import shared_embeddings
 from metrics.open_clip_format import clip_config
 
 STORED = json.loads(Path(__file__).with_name("scorers.json").read_text())
@@ -119,7 +120,11 @@ def imagereward_shapes(vit: dict, med: dict) -> dict[str, tuple[int, ...]]:
 
 
 def grid(metric) -> np.ndarray:
-    """Every golden picture (rows) with every prompt (columns), in one call."""
+    """Every golden picture (rows) with every prompt (columns); each call has pictures and prompts of all kinds."""
     pictures, prompts = inputs.pictures(), inputs.PROMPTS
-    scores = metric.score([picture for picture in pictures for _ in prompts], prompts * len(pictures))
-    return scores.reshape(len(pictures), len(prompts))
+    scores, rows = np.empty((len(pictures), len(prompts))), np.arange(len(pictures))
+    with shared_embeddings():
+        for shift in range(len(prompts)):
+            columns = (rows + shift) % len(prompts)
+            scores[rows, columns] = metric.score(pictures, [prompts[column] for column in columns])
+    return scores

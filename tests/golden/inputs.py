@@ -22,6 +22,11 @@ PROMPTS = [
 ]
 
 
+LAST_NORMS = ("ln_post.bias", "ln_final.bias", "post_layernorm.bias", "final_layer_norm.bias")
+PROJECTIONS = ("visual.proj", "text_projection", "visual_projection")
+OFFSET = 0.5  # mean of what a CLIP's towers hand to their projections
+
+
 def uniform(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Numbers between -1 and 1, float32, a function of the name and the shape alone."""
     seed = int.from_bytes(hashlib.sha256(f"{name}{tuple(shape)}".encode()).digest()[:8], "little")
@@ -35,7 +40,9 @@ def fill(state: dict[str, torch.Tensor], gain: float = 1.0) -> dict[str, torch.T
     """Pseudo-random weights for a state dict, in place: variance gain^2 / inputs for matrices, norms near 1.
 
     Scaled so that a deep network neither forgets its input nor explodes: scores must differ between inputs by far
-    more than the tolerance they are compared with.
+    more than the tolerance they are compared with. Both projections of a CLIP share one direction, so that its
+    cosines lie about 0.3, as a trained one's do: those of two unrelated vectors come close to 0, where a relative
+    difference measures nothing but the rounding of a sum that cancels.
     """
     for name, value in state.items():
         if not value.is_floating_point():
@@ -44,12 +51,16 @@ def fill(state: dict[str, torch.Tensor], gain: float = 1.0) -> dict[str, torch.T
         if value.ndim == 0:
             value.fill_(2.6592 + 0.1 * noise.item())
         elif value.ndim == 1:
-            is_norm = name.endswith("weight")
-            value.copy_((1 if is_norm else 0) + 0.2 * noise)
+            centre = 1 if name.endswith("weight") else OFFSET if name.endswith(LAST_NORMS) else 0
+            value.copy_(centre + 0.2 * noise)
         elif "embed" in name or "cls_token" in name:
             value.copy_(noise * 3**0.5 if value.shape[0] > 1000 else noise * 0.5)
         else:
             value.copy_(noise * (gain * (3 / value[0].numel()) ** 0.5))
+        if name.removesuffix(".weight") in PROJECTIONS:
+            joint = value if name.endswith(".weight") else value.T  # [joint, width], as in transformers
+            shared = torch.from_numpy(uniform("shared direction", (len(joint),)))
+            joint += shared[:, None] * (1.3 / (OFFSET * joint.shape[1]))
     return state
 
 

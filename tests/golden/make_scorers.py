@@ -2,9 +2,8 @@
 
     python tests/golden/make_scorers.py WORK [--full]
 
-The environment (CPython 3.11): image-reward 1.5, hpsv2 1.2.0, open-clip-torch, clip-anytorch 2.6.0 (image-reward
-imports `clip` without declaring it), torch, torchvision, timm 0.6.13, fairscale 0.4.13, transformers 4.49.0,
-huggingface_hub < 1, diffusers 0.32.2, datasets 3.3.2, accelerate 1.4.0, setuptools < 81. hpsv2's wheel lacks
+The environment: bench/official/requirements.txt (its comment says how) and open-clip-torch 3.3.0 beside. image-reward
+imports `clip`, which is clip-anytorch's, without declaring it; hpsv2's wheel lacks
 `hpsv2/src/open_clip/bpe_simple_vocab_16e6.txt.gz`; the copy in clip-anytorch is the same file.
 
 WORK holds BERT's vocabulary as WORK/bert-base-uncased/vocab.txt and CLIP's tokenizer files as WORK/clip-tokenizer

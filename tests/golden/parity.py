@@ -2,13 +2,14 @@
 
     python tests/golden/parity.py WORK [--full]
 
-Run in the project's environment from its root, after make_scorers.py in the official one. WORK is a folder for
+Run in the project's environment, after make_scorers.py in the official one. WORK is a folder for
 checkpoints; with --full they have the published sizes (4 GB each, one at a time). Rows of the other size are kept.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import resource
 import shutil
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import inputs
 from checkpoints import grid, save_heads, save_imagereward, save_open_clip, save_pickscore
 
+from bench.stages import atomic_write
 from metrics.aesthetic import Aesthetic, AestheticV1
 from metrics.base import Metric
 from metrics.clip import CLIPScore, CLIPScoreL14
@@ -31,7 +33,7 @@ from metrics.imagereward import ImageReward
 from metrics.open_clip_format import VIT_H_14, VIT_L_14
 from metrics.pickscore import PickScore
 
-TARGET = Path("results/measured/scorer_parity.csv")
+TARGET = Path(__file__).parents[2] / "results" / "measured" / "scorer_parity.csv"
 OFFICIAL = {"hpsv2": "hpsv2", "hpsv2_no_antialias": "hpsv2", "clip": "open-clip-torch", "clip_l14": "open-clip-torch",
             "pickscore": "transformers", "imagereward": "image-reward"}
 HEADS = "LAION's layers on open-clip-torch"
@@ -88,11 +90,12 @@ def main() -> None:
     if TARGET.exists():
         with TARGET.open() as handle:
             kept = [row for row in csv.DictReader(handle) if row["size"] != size]
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    with TARGET.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, *kept] if full else [*kept, *rows])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*rows, *kept] if full else [*kept, *rows])
+    atomic_write(TARGET, text.getvalue())
+    print(TARGET)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,300 @@
+"""Do the metrics agree with each other and with the exact judge? Rank correlations, and models ranked apart.
+
+Three questions, because a metric can pass one and fail the next:
+
+- images: does it put all images of one setting (every model, prompt and sampling seed) in the same order?
+- changes: does it rise on the prompts on which the other rises, from base to the model (mean over training seeds)?
+- models: does it put the means of the models in the same order? Beside it stands how many pairs of models both
+  tell apart (95 % intervals of the paired difference clear of 0), and how many of those the other way round:
+  where a metric and the judge do that, the metric is being gamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau, rankdata
+
+from reports import layouts, stats, tables
+from reports.load import BASE, Runs
+
+STAT = "agreement"
+UNITS = ("images", "changes", "models")
+UNIT_TITLES = {"images": "over images", "changes": "over changes to base", "models": "over means of models"}
+RESAMPLES = 500
+CHUNK = 50  # resamples ranked at a time: a few tens of MB
+COLUMNS = ["prompt_set", "guidance", "unit", "first", "second", "spearman", "low", "high", "kendall", "n",
+           "n_prompts", "told_apart", "opposed", "opposed_models", "protocol"]
+NOTE = (
+    "Spearman's rank correlation; [low, high]: 95 % interval, bootstrap over prompts. Over changes to base: prompt by "
+    "prompt, all models together. Told apart: pairs of models whose difference both find clear of 0; opposed: those "
+    "of them that the two rank the other way round."
+)
+
+
+def table(runs: Runs, prompt_set: str | None = None, guidance: float | None = None,
+          metrics: Sequence[str] | None = None, protocol: str | None = None) -> pd.DataFrame:
+    """One row for each setting, unit and pair of metrics (columns: COLUMNS); arguments as `tables.table`'s.
+
+    spearman, low, high: rank correlation and its interval. kendall: tau-b. n: images, changes or models compared.
+    told_apart, opposed, opposed_models (units of models only): see above; "A > B" is what `first` says.
+    """
+    protocol = protocol or tables.default_protocol(runs)
+    tables.one_of(protocol, stats.PROTOCOLS, "protocol")
+    chosen = tables.chosen_metrics(runs, metrics)
+    parts = [setting(runs, group, chosen, protocol) for group in tables.chosen_groups(runs, prompt_set, guidance)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], protocol: str) -> pd.DataFrame:
+    """The rows of one prompt set and guidance; computed once for whoever asks."""
+    key = (*group, tuple(metrics), protocol)
+    if key not in runs.agreements:
+        runs.agreements[key] = _setting(tables.group_scores(runs, group), group, metrics, protocol)
+    return runs.agreements[key]
+
+
+def matrix(rows: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """Spearman's correlations of one unit of one setting as a symmetric frame, metrics by metrics."""
+    own = rows[rows["unit"] == unit]
+    names = list(dict.fromkeys([*own["first"], *own["second"]]))
+    found = pd.DataFrame(np.eye(len(names)), names, names)
+    for row in own.itertuples():
+        found.loc[row.first, row.second] = found.loc[row.second, row.first] = row.spearman
+    return found
+
+
+def _setting(scores: stats.Scores, group: tuple[str, float], metrics: Sequence[str], protocol: str) -> pd.DataFrame:
+    there = [name for name in metrics if name in scores.metrics]
+    columns = [scores.metrics.index(name) for name in there]
+    read = stats.per_prompt(scores, protocol)[..., columns]
+    values = {"images": _images(scores, columns), "changes": _changes(scores, read)}
+    found = [(unit, *row) for unit, (rows, prompts) in values.items()
+             for row in _over_rows(rows, prompts, len(scores.prompts))]
+    found += [("models", *row) for row in _over_models(read)]
+    told = _told_apart(scores, there, protocol) if len(scores.models) > 1 else {}
+    rows = []
+    for unit, first, second, *estimate, kendall, n in found:
+        pair = (there[first], there[second])
+        apart = told[pair] if unit == "models" and told else (pd.NA, pd.NA, "")
+        rows.append((*group, unit, *pair, *estimate, kendall, n, len(scores.prompts), *apart, protocol))
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"told_apart": "Int64", "opposed": "Int64"})
+
+
+# --- what is compared ---
+
+def _images(scores: stats.Scores, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of every image [N, metrics] and the prompt of each [N]; an untrained model counts once."""
+    values = scores.values[..., columns].copy()
+    for index, model in enumerate(scores.models):
+        if model in scores.untrained:
+            values[index, 1:] = np.nan
+    prompts = np.broadcast_to(np.arange(len(scores.prompts))[:, None], values.shape[:-1])
+    return _known(values.reshape(-1, len(columns)), prompts.ravel())
+
+
+def _changes(scores: stats.Scores, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per-prompt differences to the base, mean over training seeds, of all models together: [N, metrics]."""
+    if BASE not in scores.models:
+        return np.empty((0, read.shape[-1])), np.empty(0, int)
+    base = scores.models.index(BASE)
+    gain = np.ma.masked_invalid(np.delete(read - read[base], base, axis=0)).mean(axis=1).filled(np.nan)
+    prompts = np.broadcast_to(np.arange(read.shape[2]), gain.shape[:-1])
+    return _known(gain.reshape(-1, read.shape[-1]), prompts.ravel())
+
+
+def _known(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    some = np.isfinite(values).any(axis=1)
+    return values[some], prompts[some]
+
+
+# --- rank correlations ---
+
+def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[tuple]:
+    """(first, second, spearman, low, high, kendall, n) of each pair of columns of values [N, metrics]."""
+    counts = np.concatenate([np.ones((count, 1), np.float32), stats.resample_counts(count, RESAMPLES)], axis=1)
+    for rows, pairs in _by_presence(values):
+        own = values[rows]
+        if len(own) < 3:
+            continue
+        replicates = np.concatenate([
+            spearman(own, counts[:, start : start + CHUNK][prompts[rows]]) for start in range(0, counts.shape[1], CHUNK)
+        ])
+        for first, second in pairs:
+            kendall = kendalltau(own[:, first], own[:, second]).statistic
+            yield first, second, *_interval(replicates[:, first, second]), kendall, len(own)
+
+
+def _over_models(read: np.ndarray) -> Iterator[tuple]:
+    """The same of the models' means; read: [models, training seeds, prompts, metrics]."""
+    data = np.ma.masked_invalid(read).mean(axis=1).filled(np.nan)
+    present = np.isfinite(data).any(axis=1)
+    shared = data[:, (np.isfinite(data) | ~present[:, None]).all(axis=(0, 2))]
+    if not shared.shape[1]:
+        return
+    counts = stats.resample_counts(shared.shape[1], RESAMPLES)
+    means = np.concatenate([shared.mean(axis=1)[None], np.einsum("kpm,pb->bkm", shared, counts) / len(counts)])
+    for rows, pairs in _by_presence(means[0]):
+        if rows.sum() < 3:
+            continue
+        own = means[:, rows]
+        ranks = rankdata(own, axis=1)
+        replicates = correlation(ranks.transpose(0, 2, 1), np.ones((len(ranks), 1, ranks.shape[1])))
+        for first, second in pairs:
+            kendall = kendalltau(own[0, :, first], own[0, :, second]).statistic
+            yield first, second, *_interval(replicates[:, first, second]), kendall, int(rows.sum())
+
+
+def _by_presence(values: np.ndarray) -> Iterator[tuple[np.ndarray, list[tuple[int, int]]]]:
+    """Pairs of columns by the rows in which both have a value; where nothing is missing, all pairs at once."""
+    present = np.isfinite(values)
+    groups: dict[bytes, list[tuple[int, int]]] = {}
+    for first, second in combinations(range(values.shape[1]), 2):
+        groups.setdefault((present[:, first] & present[:, second]).tobytes(), []).append((first, second))
+    for rows, pairs in groups.items():
+        yield np.frombuffer(rows, bool), pairs
+
+
+def spearman(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Spearman's correlations [B, M, M] of the columns of values [N, M], row n counted weights[n, b] times.
+
+    Ranks are those within each resample (ties share their mean rank), not those of the whole sample.
+    """
+    ranks = np.stack([weighted_ranks(column, weights) for column in values.T])
+    return correlation(ranks.transpose(2, 0, 1), weights.T[:, None])
+
+
+def weighted_ranks(column: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean ranks [N, B] of column [N], up to a constant, when row n is there weights[n, b] times."""
+    order = column.argsort(kind="stable")
+    ordered = column[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    ends = np.r_[starts[1:], len(column)]
+    total = np.concatenate([np.zeros((1, weights.shape[1])), weights[order].cumsum(axis=0, dtype=np.float64)])
+    ranks = np.empty(weights.shape)
+    ranks[order] = np.repeat((total[starts] + total[ends]) / 2, ends - starts, axis=0)
+    return ranks
+
+
+def correlation(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted Pearson correlations [B, M, M] of values [B, M, N] with weights [B, 1, N]; NaN without spread."""
+    centred = values - (values * weights).sum(axis=2, keepdims=True) / weights.sum(axis=2, keepdims=True)
+    covariance = (centred * weights) @ centred.transpose(0, 2, 1)
+    spread = np.sqrt(np.einsum("bii->bi", covariance))
+    scale = spread[:, :, None] * spread[:, None]
+    return np.divide(covariance, scale, out=np.full_like(scale, np.nan), where=scale > 0)
+
+
+def _interval(replicates: np.ndarray) -> stats.Estimate:
+    """The first is of the sample itself, the others of its resamples; without spread there is no correlation."""
+    tail, drawn = (1 - stats.LEVEL) / 2, replicates[1:]
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(replicates[0]) or not len(drawn):
+        return stats.Estimate(np.nan, np.nan, np.nan)
+    return stats.Estimate(replicates[0], *np.quantile(drawn, [tail, 1 - tail]))
+
+
+# --- models told apart ---
+
+def _told_apart(scores: stats.Scores, metrics: Sequence[str], protocol: str) -> dict[tuple[str, str], tuple]:
+    """(pairs of models told apart by both, of those ranked the other way round, which) by pair of metrics."""
+    signs: dict[str, dict[tuple[str, str], int]] = {metric: {} for metric in metrics}
+    for metric in metrics:
+        up = 1 if stats.higher_is_better(metric) else -1
+        for place, against in enumerate(scores.models[1:], 1):
+            for row in stats.compare(scores, metric, "mean", against, protocol, RESAMPLES).itertuples():
+                if row.model in scores.models[:place]:
+                    signs[metric][row.model, against] = up * (int(row.low > 0) - int(row.high < 0))
+    found = {}
+    for first, second in combinations(metrics, 2):
+        both = [pair for pair, sign in signs[first].items() if sign and signs[second].get(pair)]
+        opposed = [pair if signs[first][pair] > 0 else pair[::-1] for pair in both
+                   if signs[first][pair] != signs[second][pair]]
+        found[first, second] = len(both), len(opposed), "; ".join(f"{better} > {worse}" for better, worse in opposed)
+    return found
+
+
+# --- layouts ---
+
+def render(tidy: pd.DataFrame, format: str = "text") -> str:
+    """csv and json as tidy rows; text, md and latex: each metric beside the judge, then all with all."""
+    tables.one_of(format, tables.FORMATS, "--format")
+    if format in ("csv", "json"):
+        return tables.render(tidy, format)
+    if tidy.empty:
+        return "nothing to compare: agreement needs at least two metrics and three images\n"
+    draw, escaped = {"text": (_text, str), "md": (layouts.markdown, layouts.markdown_text),
+                     "latex": (layouts.latex, layouts.latex_text)}[format]
+    shown = [draw(*block) for _, rows in tidy.groupby(["prompt_set", "guidance"], sort=False)
+             for block in _blocks(rows, escaped)]
+    return "\n\n".join([*shown, escaped(NOTE)]) + "\n"
+
+
+def _text(heading: str, header: list[str], body: list[list[str]]) -> str:
+    return "\n".join([heading, *layouts.wrapped(header, body)])
+
+
+def _blocks(rows: pd.DataFrame, escaped: Callable[[str], str]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(heading, header, body) of one setting."""
+    where = caption(rows)
+    names = list(dict.fromkeys([*rows["first"], *rows["second"]]))
+    if tables.JUDGE_PARTS[0] in names:
+        yield (f"agreement with the exact judge's {layouts.metric_title(tables.JUDGE_PARTS[0])} · {where}",
+               *with_judge(rows))
+        yield from _opposed_block(rows, where, escaped)
+    for unit in UNITS:
+        square = matrix(rows, unit)
+        if len(square):
+            titles = [layouts.spoken_name(name) for name in square]
+            body = [[title, *(_number(value) for value in line)]
+                    for title, line in zip(titles, square.to_numpy(), strict=True)]
+            header = ["metric", *map(layouts.metric_title, square)]
+            yield f"agreement of all with all, {UNIT_TITLES[unit]} · {where}", header, body
+
+
+def caption(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    return " · ".join([f"prompt set {first['prompt_set']}", f"guidance {first['guidance']:g}",
+                       f"{first['n_prompts']} prompts", layouts.PROTOCOLS[first["protocol"]]])
+
+
+def with_judge(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Header and body: each learned metric beside the judge's utility, in every unit."""
+    header = ["metric", *UNIT_TITLES.values(), "told apart by both", "opposed"]
+    body = []
+    for metric, own in _beside_judge(rows).groupby("first", sort=False):
+        by = own.set_index("unit")
+        line = [_estimate(by.loc[unit]) if unit in by.index else "-" for unit in UNITS]
+        apart = ["-", "-"]
+        if "models" in by.index and pd.notna(by.loc["models", "told_apart"]):
+            apart = [str(by.loc["models", name]) for name in ("told_apart", "opposed")]
+        body.append([layouts.metric_title(str(metric)), *line, *apart])
+    return header, body
+
+
+def opposed(rows: pd.DataFrame) -> dict[str, str]:
+    """Title of a metric -> the pairs of models that it and the judge's utility rank in opposite ways."""
+    own = _beside_judge(rows)
+    return {layouts.metric_title(row.first): row.opposed_models for row in own.itertuples() if row.opposed_models}
+
+
+def _opposed_block(rows: pd.DataFrame, where: str, escaped: Callable[[str], str]) -> Iterator[tuple]:
+    body = [[name, escaped(pairs)] for name, pairs in opposed(rows).items()]
+    if body:
+        yield f"opposed to the judge, both clear of 0 · {where}", ["metric", "says, and the judge the reverse"], body
+
+
+def _beside_judge(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a learned metric and the judge's utility; the judge always comes second."""
+    return rows[~rows["first"].str.startswith(stats.JUDGE) & (rows["second"] == tables.JUDGE_PARTS[0])]
+
+
+def _estimate(row: pd.Series) -> str:
+    return "-" if np.isnan(row["spearman"]) else f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"
