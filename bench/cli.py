@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench import __version__, processes
+from bench import __version__, cost_commands, processes
 from bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -335,6 +335,11 @@ def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: 
 
     sample_folder(model, chosen, output, guidance=guidance, steps=steps, seeds=seeds, batch_size=batch_size)
     click.echo(str(output))
+
+
+cli.add_command(cost_commands.plan)
+cli.add_command(cost_commands.perf)
+cli.add_command(cost_commands.doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

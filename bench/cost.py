@@ -11,14 +11,16 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel
 
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of the inputs and of the weights
 
 
 def flops(call: Callable[[], object]) -> int:
-    """Operations of whatever `call` runs."""
-    with FlopCounterMode(display=False) as counter:
+    """Operations of whatever `call` runs; attention in its plain form, for the fused one of a CPU is not counted."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return counter.get_total_flops()
 
@@ -29,6 +31,27 @@ def unet_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], t
     sample = torch.empty(1, *latent_shape, device="meta")
     context = torch.empty(1, tokens, unet.config.cross_attention_dim, device="meta")
     return flops(lambda: twin(sample, torch.zeros(1, device="meta"), encoder_hidden_states=context))
+
+
+def unet_training_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], tokens: int,
+                        checkpointing: bool = False) -> int:
+    """A forward and a backward pass of one sample; with gradient checkpointing also what is computed again."""
+    twin = _weightless(unet)
+    if checkpointing:
+        twin.enable_gradient_checkpointing()
+        twin.train()
+    sample = torch.empty(1, *latent_shape, device="meta")
+    context = torch.empty(1, tokens, unet.config.cross_attention_dim, device="meta")
+    return flops(lambda: twin(sample, torch.zeros(1, device="meta"), encoder_hidden_states=context)
+                 .sample.sum().backward())
+
+
+def text_flops(encoder: CLIPTextModel, tokens: int) -> int:
+    """Encoding one prompt."""
+    with torch.device("meta"):
+        twin = type(encoder)(encoder.config)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+    return flops(lambda: twin(ids))
 
 
 def vae_flops(vae: AutoencoderKL, latent_shape: tuple[int, int, int]) -> tuple[int, int]:

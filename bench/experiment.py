@@ -242,7 +242,7 @@ class Experiment:
         self.done.append(stage.directory)
         if self.processes.main:
             write_table(self.run.folder / "history.parquet", pd.concat(self.history, ignore_index=True))
-            write_cost(self.run, self.done, self.shared.device)
+            write_cost(self.run, self.done, self.shared)
 
     def evaluate(self, model: Model) -> None:
         """Add a model's scores on every prompt set and guidance to scores.parquet, its images to the run."""
@@ -265,7 +265,7 @@ class Experiment:
                 self.scores.append(rows.assign(run=self.run.id))
         if self.processes.main:
             write_table(self.run.folder / "scores.parquet", pd.concat(self.scores, ignore_index=True))
-            write_cost(self.run, self.done, self.shared.device)
+            write_cost(self.run, self.done, self.shared)
 
 
 class Drawn:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.meter import metered, write_spent
 from bench.processes import Processes
 from bench.progress import track
 from bench.stages import Stage, atomic_write
@@ -35,17 +36,16 @@ def divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Size
     """
     if processes.once(lambda: not stage.done):
         folder = stage.unfinished([len(piece) for piece in pieces])
-        started = time.perf_counter()
         earlier = processes.once(lambda: finished(folder, len(pieces)))
         missing = [number for number in range(len(pieces)) if number not in earlier]
-        _make(stage, folder, processes, pieces, processes.share(missing), prepare, description)
-        processes.wait()
+        with metered() as spent:
+            _make(stage, folder, processes, pieces, processes.share(missing), prepare, description)
+            processes.wait()
         if processes.main:
             processes.expect(lambda: stage.done or len(finished(folder, len(pieces))) == len(pieces), folder)
             with _unless_done(stage):
                 join(folder)
-                seconds = time.perf_counter() - started + sum(earlier.values())
-                atomic_write(folder / "cost.json", json.dumps({"name": name, "seconds": round(seconds, 3), **counts}))
+                write_spent(folder, name, spent, sum(earlier.values()), **counts)
                 stage.finish(folder)
             shutil.rmtree(folder, ignore_errors=True)
         processes.wait()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -10,6 +11,18 @@ from tqdm import tqdm
 from bench import processes
 
 T = TypeVar("T")
+_silent = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars within the block: for measurements, which drawing them would disturb."""
+    global _silent
+    outer, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = outer
 
 
 def track(iterable: Iterable[T] | None = None, description: str = "", total: int | None = None,
@@ -21,7 +34,7 @@ def track(iterable: Iterable[T] | None = None, description: str = "", total: int
     only the main one draws.
     """
     bar = tqdm(iterable, desc=description, total=total, unit=unit, initial=initial,
-               dynamic_ncols=True, mininterval=0.2, disable=processes.index() > 0)
+               dynamic_ncols=True, mininterval=0.2, disable=_silent or processes.index() > 0)
     if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10.0
     return bar

@@ -8,11 +8,13 @@ import subprocess
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import registry
+from bench import cards, registry
 from bench.errors import BenchError
+from bench.meter import mfu
 from bench.random_weights import REMARK, is_random
 from bench.runs import Run
 from bench.shared import Shared
@@ -56,22 +58,38 @@ def write_protocol(run: Run, shared: Shared) -> None:
     atomic_write(path, json.dumps(record, indent=1))
 
 
-def write_cost(run: Run, stages: Iterable[Path], device: torch.device) -> None:
-    """Sum up what the stages in these folders cost; the cache, which all runs share, is charged to none."""
-    spent = [json.loads((folder / "cost.json").read_text()) for folder in stages]
+def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
+    """Sum up what the stages in these folders cost; what all runs share is listed, but charged to none."""
+    device, dtype = device_name(shared.device), run.suite.model.dtype
+    card = cards.recognise(device) if shared.device.type == "cuda" else None
+    peak = cards.CARDS[card].peak(dtype) if card else None
+    spent = [_read_cost(folder, peak) for folder in stages]
 
     def total(kind: str, what: str) -> int:
         return sum(stage.get(what, 0) for stage in spent if stage["name"].endswith(kind))
 
+    joules = [stage.get("energy_joules") for stage in spent]
+    memory = [stage["peak_memory_bytes"] for stage in spent if stage.get("peak_memory_bytes")]
     record = {
         "stages": spent,
+        "shared_stages": [_read_cost(folder, peak) for folder in shared.common.values()],
         "total_seconds": round(sum(stage["seconds"] for stage in spent), 3),
         "train_flops": total("/train", "flops"),
         "sample_flops": total("/opponent", "flops"),
         "pairs_seen": total("/train", "pairs"),
-        "device": device_name(device),
+        "peak_memory_bytes": max(memory, default=None),
+        "energy_joules": sum(joules) if spent and None not in joules else None,
+        "device": device,
+        "dtype": dtype,
+        "peak_flops_per_s": peak,
     }
     atomic_write(run.folder / "cost.json", json.dumps(record, indent=1))
+
+
+def _read_cost(folder: Path, peak: float | None) -> dict[str, Any]:
+    """What one stage cost, and its MFU where the device's peak is known."""
+    cost = json.loads((folder / "cost.json").read_text())
+    return {**cost, "mfu": mfu(cost.get("flops"), cost["seconds"], cost.get("devices", 1), peak)}
 
 
 def device_name(device: torch.device) -> str:

@@ -39,16 +39,27 @@ def is_random(weights: str | Path) -> bool:
     return str(weights).partition(":")[0] == PREFIX
 
 
+def full_name(weights: str) -> str:
+    """One of SHAPES; "random" alone is SD-1.5's."""
+    name = "random:sd15" if weights == PREFIX else weights
+    if name not in SHAPES:
+        raise UsageError(f"model.weights: no pipeline '{weights}'{did_you_mean(weights, SHAPES)}; "
+                         f"random ones are {', '.join(SHAPES)}")
+    return name
+
+
+def configurations(weights: str) -> dict[str, dict[str, Any]]:
+    """The configuration of every part of such a pipeline."""
+    return SHAPES[full_name(weights)]
+
+
 def random_folder(weights: str, cache: Path, vocabulary: Path) -> Path:
     """The folder of such a pipeline, made on first use and kept under `cache` in half precision (2.1 GB whole).
 
     "random" and "random:sd15" have the shape of SD-1.5, "random:sd15-small" has it in reduced width. Equal
     names give equal weights with equal versions of torch. `vocabulary` is a tokenizer's folder.
     """
-    name = "random:sd15" if weights == PREFIX else weights
-    if name not in SHAPES:
-        raise UsageError(f"model.weights: no pipeline '{weights}'{did_you_mean(weights, SHAPES)}; "
-                         f"random ones are {', '.join(SHAPES)}")
+    name = full_name(weights)
     inputs = {"kind": name, "shape": SHAPES[name], "seed": SEED, "torch": torch.__version__}
     stage = Stage(cache / f"{name.replace(':', '-')}-{fingerprint(inputs)}", inputs)
     if not stage.done:

@@ -6,17 +6,16 @@ Whatever is expensive lives in the cache under a name that says what made it, so
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import click
+import numpy as np
 import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,7 +24,9 @@ from bench import cost, evaluate, models, pieces, registry
 from bench.cache import Embeddings, cached_latents, cached_prompts
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
+from bench.meter import metered, write_spent
 from bench.processes import Processes
+from bench.progress import quiet
 from bench.recipe import make_accelerator, require_packages
 from bench.runs import CACHE
 from bench.sample import Sampler, keys, latent_shape
@@ -34,6 +35,7 @@ from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Suite
 from methods.base import Pairing
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -74,6 +76,8 @@ class Shared:
         self.scorers = evaluate.Scorers.load(suite.metrics, suite.judge, suite.metric_options,
                                              str(self.device))
         self._forward: int | None = None
+        self._scoring: int | None = None
+        self.common: dict[str, Path] = {}  # what all runs share, by name: folders that hold what it cost
         # every method trains on the winners; encoding them shows which rows are broken, and so which pairs there are
         self.pairs = Kept(self.source, self._encoded("winners").broken)
         self.announce_data()
@@ -115,15 +119,36 @@ class Shared:
     def _encoded(self, side: str) -> Rows:
         """Latents of every row of the source, the broken ones too. All processes must call."""
         images = {"winners": self.source.winners, "losers": self.source.losers}[side]
-        data, shape = self.suite.data, latent_shape(self.pipe.unet)
-        return cached_latents(CACHE, {**self.data_key, "side": side}, self.pipe.vae, images, len(self.source), shape,
-                              batch_size=data.batch_size, flip=data.flip, precision=data.precision, share=self.share)
+        data, shape, count = self.suite.data, latent_shape(self.pipe.unet), len(self.source)
+        key = {**self.data_key, "side": side}
+        done = count * (2 if data.flip else 1)
+        return self._charged(f"encode/{side}", key, {
+            "images": done, "flops": done * self.vae_flops[0]}, lambda: cached_latents(
+                CACHE, key, self.pipe.vae, images, count, shape, batch_size=data.batch_size, flip=data.flip,
+                precision=data.precision, share=self.share))
 
     def embeddings(self) -> Embeddings:
         """Embeddings of all training prompts, encoded once. All processes must call."""
         made_from = {name: self.data_key[name] for name in ("weights", "dtype")}
-        return cached_prompts(CACHE, made_from, self.pipe, self.source.prompts, precision=self.suite.data.precision,
-                              share=self.share).select(self.pairs.rows)
+        count = len(set(self.source.prompts))
+        encode = cost.text_flops(self.pipe.text_encoder, self.pipe.tokenizer.model_max_length)
+        embeddings = self._charged("encode/prompts", {**self.data_key, "side": "prompts"}, {
+            "prompts": count, "flops": count * encode}, lambda: cached_prompts(
+                CACHE, made_from, self.pipe, self.source.prompts, precision=self.suite.data.precision,
+                share=self.share))
+        return embeddings.select(self.pairs.rows)
+
+    def _charged(self, name: str, key: dict[str, str], counts: dict[str, int], encode: Callable[[], T]) -> T:
+        """Do what goes through the cache, and keep what it cost the first time for every run that uses it.
+
+        Of an encoding that was interrupted, what the last process still had to do.
+        """
+        ledger = Stage(CACHE / f"cost-{fingerprint(key)}", key)
+        self.common[name] = ledger.directory
+        if self.processes.once(lambda: ledger.done):
+            return encode()
+        with timed(ledger, self.processes, name, **counts):
+            return encode()
 
     @property
     def share(self) -> Share:
@@ -145,6 +170,13 @@ class Shared:
     def vae_flops(self) -> tuple[int, int]:
         """Operations of encoding and of decoding one image."""
         return cost.vae_flops(self.pipe.vae, latent_shape(self.pipe.unet))
+
+    def scoring_flops(self, prompt: str) -> int:
+        """Operations of all scorers for one image, counted on a black one."""
+        if self._scoring is None:
+            with quiet():
+                self._scoring = cost.flops(lambda: self.scorers.score(np.zeros((1, 64, 64, 3), np.uint8), [prompt]))
+        return self._scoring
 
     def score(self, model: Model, prompt_set: str, guidance: float, images: Path | None = None,
               scores: Path | None = None) -> tuple[pd.DataFrame, Path]:
@@ -176,8 +208,11 @@ class Shared:
 
         flops = cost.sampling_flops(self.forward_flops(), self.vae_flops[1], len(rows), steps=settings.steps,
                                     guidance=guidance)
-        pieces.divided(drawn, self.processes, f"iter{model.iteration}/images/{prompt_set}-g{guidance:g}", batches,
-                       prepare, description=f"sampling {label}", images=len(rows), flops=flops)
+        name = f"iter{model.iteration}/images/{prompt_set}-g{guidance:g}"
+        if images is None:
+            self.common[name] = drawn.directory
+        pieces.divided(drawn, self.processes, name, batches, prepare, description=f"sampling {label}",
+                       images=len(rows), flops=flops)
         return self._scored(model, prompt_set, guidance, drawn, scores, f"scoring {label}"), drawn.directory
 
     def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None,
@@ -188,6 +223,11 @@ class Shared:
         stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
         rows = keys(prompts.prompts, seeds)
         blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
+
+        name = f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}"
+        if scores is None:
+            self.common[name] = stage.directory
+        flops = 0 if stage.done else len(rows) * self.scoring_flops(prompts.prompts[0])
 
         def score(number: int, folder: Path) -> None:
             block = slice(blocks[number].start, blocks[number].stop)
@@ -202,8 +242,8 @@ class Shared:
                         "guidance": float(guidance)}
             write_table(folder / "scores.parquet", evaluate.table_rows(values, prompts.ids, seeds, identity))
 
-        pieces.divided(stage, self.processes, f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}", blocks,
-                       lambda: score, join, description, images=len(rows))
+        pieces.divided(stage, self.processes, name, blocks, lambda: score, join, description, images=len(rows),
+                       flops=flops)
         return pd.read_parquet(stage.directory / "scores.parquet")
 
     def judge_info(self) -> dict[str, Any] | None:
@@ -213,17 +253,16 @@ class Shared:
 @contextmanager
 def timed(stage: Stage, processes: Processes, name: str, earlier: float = 0.0,
           **counts: int) -> Iterator[Path | None]:
-    """Fill a stage and leave in it what it cost: seconds, and the counts given (pairs, images, flops).
+    """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops).
 
     `earlier` are the seconds of a process that was stopped and whose work is gone on with. The main process is given
     the folder to fill, the others None; all leave when the stage is done.
     """
     if processes.main:
         with stage.fresh() as folder:
-            started = time.perf_counter()
-            yield folder
-            spent = {"name": name, "seconds": round(earlier + time.perf_counter() - started, 3), **counts}
-            atomic_write(folder / "cost.json", json.dumps(spent))
+            with metered() as spent:
+                yield folder
+            write_spent(folder, name, spent, earlier, **counts)
     else:
         yield None
     processes.wait()

@@ -40,6 +40,11 @@ def bench(capsys, monkeypatch, tmp_path):
     ("run", "--method is missing: all, or one of sft, diffusion_dpo, spin"),
     ("run --methd spin", "--method"),
     ("run --resume nothing", "no run 'nothing' in results/runs"),
+    ("plan --method spn", "unknown method 'spn' (did you mean 'spin'?)"),
+    ("plan --card h10", "unknown card 'h10' (did you mean 'h100'?); cards: b200, "),
+    ("perf score --metrics clp", "unknown metric 'clp' (did you mean 'clip'?)"),
+    ("perf sample -o x.txt", "-o x.txt: measurements are written as .csv or .json"),
+    ("doctor --suite mni", "unknown suite 'mni' (did you mean 'mini'?)"),
     ("rnu", "unknown command 'rnu' (did you mean 'run'?)"),
     ("list metric", "cannot list 'metric' (did you mean 'metrics'?)"),
     ("list", "Missing argument"),
@@ -112,7 +117,9 @@ def test_a_missing_database_driver_is_named_before_anything_starts(bench, monkey
 def test_quick_commands_import_nothing_heavy(tmp_path):
     """One interpreter runs them all; pandas may come with `table` and `report`, torch with neither."""
     light = ("--help", "run --help", "report --help", "list methods", "list metrics", "list suites",
-             "list runs", "run --method spn", "run --method spin --set trian.lr=1", "run --iters 0")
+             "list runs", "plan --help", "perf train --help", "doctor --help", "plan --card h10",
+             "perf train --method spn", "perf train -o x.txt", "run --method spn",
+             "run --method spin --set trian.lr=1", "run --iters 0")
     steps = [*((line, HEAVY) for line in light), ("table", HEAVY[:5]), ("report", HEAVY[:5])]
     code = """if True:
         import json, sys

@@ -1,0 +1,93 @@
+"""What is found, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_bench
+
+from bench import cli, doctor, registry
+from bench.doctor import Room, data_files, metric_files, model_files
+from bench.suites import load_suite
+from metrics import official
+
+ALL = "[pickscore, hpsv2, imagereward, aesthetic, clip]"
+OFFICIAL = [f"metrics={ALL}", *(f"metric_options.{name}.weights=official" for name in ALL[1:-1].split(", "))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("BENCH_WEIGHTS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_embedded_default_is_complete():
+    suite = load_suite("mini", ["metrics=[pickscore, aesthetic, clip]"])
+    files = [*model_files(suite), *data_files(suite), *metric_files(suite)]
+    assert len(files) == 5 + 3 + 3 + 1  # the pipeline's parts, data, scorers (one encoder shared), the judge
+    assert all(file.where for file in files)
+
+
+def test_every_official_file_is_named_once_with_its_size_and_place():
+    files = list(metric_files(load_suite("mini", [*OFFICIAL, "judge=null"])))
+    assert [file.name for file in files] == [
+        "yuvalkirstain/PickScore_v1", "tokenizer.json", "preprocessor_config.json", "HPS_v2_compressed.pt",
+        "ImageReward.pt", "med_config.json", "vocab.txt", "sac+logos+ava1-l14-linearMSE.pth",
+        "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
+    assert all(file.where is None and file.size and "BENCH_WEIGHTS" in file.fix for file in files)
+    assert "xswu/HPSv2" in files[3].fix
+
+
+def test_a_file_in_the_folder_of_weights_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENCH_WEIGHTS", str(tmp_path))
+    (tmp_path / "HPS_v2_compressed.pt").write_bytes(b"12345")
+    (tmp_path / "clip-vit-large-patch14").mkdir()
+    found = {file.name: file for file in metric_files(load_suite("mini", OFFICIAL)) if file.where}
+    assert found["HPS_v2_compressed.pt"].size == "5 bytes"
+    assert "openai/clip-vit-large-patch14" in found
+
+
+def test_every_metric_is_known():
+    for name in registry.BUILT_IN["metrics"]:
+        known = registry.metric(name).name
+        assert known in official.FILES and known in official.MINI_FILES and known in official.ENCODERS
+
+
+def test_a_pipeline_of_the_hub_that_is_not_here():
+    files = list(model_files(load_suite("mini", ["model.weights=stable-diffusion-v1-5/stable-diffusion-v1-5"])))
+    assert [file.where for file in files] == [None] * 5
+    assert "huggingface-cli download stable-diffusion-v1-5/stable-diffusion-v1-5" in files[0].fix
+
+
+def test_data_that_is_not_here(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    suite = load_suite("mini", ["data.pairs=pickapic:owner/name#train",
+                                f"evaluation.prompt_sets.mine.prompts={tmp_path / 'prompts.txt'}"])
+    pairs, *prompts = data_files(suite)
+    assert pairs.where is None
+    assert "owner/name is a data set on the hub" in pairs.fix
+    assert all(file.where for file in prompts)
+
+
+def test_the_command(tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
+    line = ["doctor", "--suite", str(tiny_bench.write_suite(tmp_path, tiny_pipeline_folder))]
+    status, out, err = run(line, capsys)
+    assert status == 0
+    assert out.splitlines()[-1] == "suite tiny has all it needs"
+    monkeypatch.setattr(doctor, "_rooms", lambda needs: [Room("memory", 2, 1)])
+    status, out, err = run([*line, "--set", "evaluation.prompt_sets.test.prompts=gone.txt", "--format", "json"],
+                           capsys)
+    assert status == 1
+    assert json.loads(out)["problems"] == ["1 of 7 files are missing", "not enough memory"]
+    assert err.splitlines()[-1] == "bench: suite tiny: 1 of 7 files are missing; not enough memory"
+
+
+def run(line: list[str], capsys) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line)
+    out, err = capsys.readouterr()
+    return caught.value.code, out, err
