@@ -8,7 +8,9 @@ import pytest
 import tiny_bench
 
 from bench import cli, doctor, registry
-from bench.doctor import Room, data_files, metric_files, model_files
+from bench.doctor import data_files, metric_files, model_files
+from bench.errors import BenchError
+from bench.plan import Plan, StagePlan
 from bench.suites import load_suite
 from metrics import official
 
@@ -78,12 +80,18 @@ def test_the_command(tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
     status, out, err = run(line, capsys)
     assert status == 0
     assert out.splitlines()[-1] == "suite tiny has all it needs"
-    monkeypatch.setattr(doctor, "_rooms", lambda needs: [Room("memory", 2, 1)])
+    monkeypatch.setattr(doctor, "plan", lambda *_: Plan("", (), (StagePlan("", 1, "", 1, 10**15, 10**15, "fp32"),), ()))
     status, out, err = run([*line, "--set", "evaluation.prompt_sets.test.prompts=gone.txt", "--format", "json"],
                            capsys)
-    assert status == 1
-    assert json.loads(out)["problems"] == ["1 of 7 files are missing", "not enough memory"]
-    assert err.splitlines()[-1] == "bench: suite tiny: 1 of 7 files are missing; not enough memory"
+    said = ["1 of 7 files are missing", "not enough disk space here (results/, all methods once)", "not enough memory"]
+    assert (status, json.loads(out)["problems"]) == (1, said)
+    assert err.splitlines()[-1] == f"bench: suite tiny: {'; '.join(said)}"
+
+
+def test_a_plan_that_cannot_be_made_is_said(monkeypatch):
+    monkeypatch.setattr(doctor, "plan", lambda *_: (_ for _ in ()).throw(BenchError("no such file")))
+    found = doctor.examine(load_suite("mini"))
+    assert (found.rooms, found.notes) == ([], ["disk and memory were not planned: no such file"])
 
 
 def run(line: list[str], capsys) -> tuple[int, str, str]:
