@@ -101,7 +101,7 @@ def python(tmp_path: Path) -> Path:
         handle.write(b"merges")
     site = Path(Image.__file__).parents[1]
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\nPYTHONPATH="{root}:{site}" exec "{sys.executable}" -S "$@"\n')
+        f'#!/bin/sh\ntest -z "$PYTHONPATH" || exit 9\nPYTHONPATH="{root}:{site}" exec "{sys.executable}" -S "$@"\n')
     (tmp_path / "python").chmod(0o755)
     return tmp_path / "python"
 
@@ -117,6 +117,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"HPS.pt": "", "ImageReward.pt": "", "med_config.json": "", "vocab.txt": "words"}.items():
         (weights / name).write_text(text)
     monkeypatch.setenv("BENCH_WEIGHTS", str(weights))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(registry, "metric", {"hpsv2": Red, "imagereward": Reward}.__getitem__)
     monkeypatch.chdir(tmp_path)
     return folder
@@ -143,7 +144,8 @@ def test_side_by_side(folder, python, capfd):
     assert table["hpsv2_official"].isna().tolist() == [False, False, True]
 
 
-def test_told_in_words(folder, python, capfd):
+def test_told_in_words(folder, python, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "ours")
     code, out, _ = run(capfd, str(folder), "--official-python", str(python), "--metrics", "hpsv2")
     assert code == 0 and "largest difference 0.001 absolute" in out and "2 images" in out
     assert "2.png: refused by the official hpsv2: RuntimeError: expected input" in out

@@ -99,6 +99,8 @@ def summary(found: Mapping[str, Any]) -> str:
 def _run(job: dict[str, Any], python: str | None, rows: int) -> dict[str, Any]:
     """What the driver answers; it works in an empty folder that holds BERT's vocabulary where ours has it."""
     interpreter = str(Path(python).absolute()) if python else sys.executable
+    # What this environment adds to its path is not for another one.
+    environment = {name: value for name, value in os.environ.items() if not python or name != "PYTHONPATH"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -107,7 +109,7 @@ def _run(job: dict[str, Any], python: str | None, rows: int) -> dict[str, Any]:
         with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as errors:
             try:
                 process = subprocess.Popen([interpreter, str(DRIVER), "job.json", "result.json"], cwd=folder,
-                                           stdout=subprocess.PIPE, stderr=errors, text=True)
+                                           env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
             except OSError as error:
                 raise UsageError(f"--official-python {python}: {error.strerror}") from error
             with process:
