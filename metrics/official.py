@@ -114,7 +114,7 @@ def locate(item: Published) -> Path | None:
         root = Path(os.environ["BENCH_WEIGHTS"]).expanduser()
         places += [root / name, root / name.name]
     places = [place / item.file for place in places] if whole else places
-    return next((place for place in places if place.exists()), None) or _cached(item)
+    return next((place.resolve() for place in places if place.exists()), None) or _cached(item)
 
 
 def _cached(item: Published) -> Path | None:
