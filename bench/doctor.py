@@ -197,7 +197,10 @@ def _metric_fix(item: Published, weights: str) -> str:
     if weights == "mini":
         return "restore bench/mini/weights from the repository, or rebuild it with `python -m bench.mini`"
     place = os.environ.get("BENCH_WEIGHTS", "the folder that BENCH_WEIGHTS names")
-    return f"from {item.repository}; put it into {place}, or let it be downloaded when it is first used"
+    if item.repository.count("/") != 1:
+        return f"from {item.repository}; put it into {place}" if item.repository else "no such file or folder"
+    within = f"{place}, below {item.repository.split('/')[1]}/" if item in official.SETTINGS else place
+    return f"from {item.repository}; put it into {within}, or let it be downloaded when it is first used"
 
 
 def size_of(path: Path | None) -> str:

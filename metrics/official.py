@@ -27,6 +27,8 @@ H14_SETTINGS = Published(clip_family.H14_REPOSITORY, "tokenizer.json", "2 MB")
 READINGS = Published(clip_family.H14_REPOSITORY, "preprocessor_config.json", "1 kB")
 MED = Published(imagereward.ImageReward.published.repository, imagereward.MED_CONFIG, "1 kB")
 VOCABULARY = Published(imagereward.TOKENIZER, "vocab.txt", "0.2 MB")
+SETTINGS = (H14_SETTINGS, READINGS, VOCABULARY)
+"""Read from a repository as a whole: tokenizer and image settings."""
 
 FILES: dict[str, tuple[Published, ...]] = {
     "pickscore": (pickscore.PickScore.published, H14_SETTINGS, READINGS),
@@ -54,6 +56,7 @@ MINI_FILES: dict[str, tuple[str, ...]] = {
 }
 """What `weights: mini` reads, below the folder of the bundled weights."""
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 CLIP_H, CLIP_L14 = "CLIP ViT-H/14", "CLIP ViT-L/14"
 ENCODERS: dict[str, tuple[str, bool]] = {
@@ -82,22 +85,36 @@ def needed(metric: type[Metric], weights: str) -> list[Found]:
         return [Found(Published("this repository", path.relative_to(MINI_WEIGHTS).as_posix(), ""),
                       path if path.is_file() else None) for path in files]
     official = FILES.get(metric.name) or tuple(filter(None, [metric.published]))
-    if weights == "official":
-        return [Found(item, locate(item)) for item in official]
-    is_repository = weights.count("/") == 1 and weights[0] not in "./~"
-    own = Published(weights, None, "") if is_repository else Published("", weights, "")
-    return [Found(own, locate(own)), *(Found(item, locate(item)) for item in official[1:])]
+    if weights != "official":
+        is_repository = weights.count("/") == 1 and weights[0] not in "./~"
+        own = Published(weights, None, "") if is_repository else Published("", weights, "")
+        official = (own, *official[1:])
+    first = locate(official[0]) if official else None
+    folder = first if first is None or first.is_dir() else first.parent
+    return [Found(item, first if item is official[0] else _beside(folder, item) or locate(item)) for item in official]
+
+
+def _beside(folder: Path | None, item: Published) -> Path | None:
+    """A small file that may lie with the weights it goes with; a tokenizer there brings its image settings too."""
+    if folder is None or item not in (*SETTINGS, MED):
+        return None
+    names = (item.file, *(TOKENIZER_FILES if item in (H14_SETTINGS, VOCABULARY) else ()))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def locate(item: Published) -> Path | None:
-    """An existing path, `$BENCH_WEIGHTS/<name>`, `$BENCH_WEIGHTS/<last part>`, or the Hugging Face cache."""
-    name = item.file or item.repository
-    places = [Path(name).expanduser()]
+    """A path, `$BENCH_WEIGHTS/<name>`, `$BENCH_WEIGHTS/<last part>`, or the Hugging Face cache.
+
+    What is read from a whole repository (tokenizer, image settings) counts only in a folder of its name.
+    """
+    whole = item in SETTINGS
+    name = Path(item.repository if whole or not item.file else item.file).expanduser()
+    places = [name]
     if os.environ.get("BENCH_WEIGHTS"):
         root = Path(os.environ["BENCH_WEIGHTS"]).expanduser()
-        parents = [root / item.repository, root / Path(item.repository).name] if item.file else []
-        places += [root / name, root / Path(name).name, *(parent / item.file for parent in parents)]
-    return next((place for place in places if place.exists()), None) or _cached(item)
+        places += [root / name, root / name.name]
+    places = [place / item.file for place in places] if whole else places
+    return next((place.resolve() for place in places if place.exists()), None) or _cached(item)
 
 
 def _cached(item: Published) -> Path | None:

@@ -52,6 +52,23 @@ def test_a_file_in_the_folder_of_weights_is_found(monkeypatch, tmp_path):
     assert "openai/clip-vit-large-patch14" in found
 
 
+def test_a_tokenizer_counts_where_the_loaders_look(monkeypatch, tmp_path):
+    """Beside the weights, or in a folder with the name of its repository; not just anywhere."""
+    def tokenizer() -> str | None:
+        suite = load_suite("mini", ["metrics=[hpsv2]", "metric_options.hpsv2.weights=official"])
+        return {file.name: file.where for file in metric_files(suite)}["tokenizer.json"]
+
+    monkeypatch.setenv("BENCH_WEIGHTS", str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer() is None
+    folder = tmp_path / "CLIP-ViT-H-14-laion2B-s32B-b79K"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    assert tokenizer() == str(folder / "tokenizer.json")
+    (tmp_path / "HPS_v2_compressed.pt").write_bytes(b"")
+    assert tokenizer() == str(tmp_path / "tokenizer.json")
+
+
 def test_every_metric_is_known():
     for name in registry.BUILT_IN["metrics"]:
         known = registry.metric(name).name
