@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from bench.data import drawings, load_prompts, world
 from bench.mini import denoiser, vae
@@ -112,3 +113,10 @@ def test_the_base_follows_its_prompts_and_leaves_room():
     winners = np.mean([drawings.pair(0, index).winner.aesthetics for index in range(200)])
     assert 0.65 < scores["alignment"].mean() < 0.95
     assert scores["aesthetics"].mean() < winners - 0.05
+
+
+@shipped
+def test_the_shipped_pipeline_samples_in_plain_diffusers():
+    pipe = StableDiffusionPipeline.from_pretrained(MINI_WEIGHTS / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red circle", num_inference_steps=1, height=64, width=64).images[0].size == (64, 64)

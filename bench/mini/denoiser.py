@@ -97,4 +97,7 @@ def assemble(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer, fold
                                    scheduler=scheduler, safety_checker=None, feature_extractor=None,
                                    requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder)
+    # transformers would load half-precision weights as such, diffusers in fp32, and the two do not mix
+    pipe.text_encoder.config.dtype = torch.float32
+    pipe.text_encoder.config.save_pretrained(folder / "text_encoder")
     return pipe.to(torch.float32)
