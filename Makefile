@@ -27,12 +27,14 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 
-# On all 500 test prompts. At equal pairs every method is read off after 100, 200 and 300 steps; SFT also where its training FLOPs equal those of
-# one and of three SPIN iterations (8/3 of its images). The search of the learning rates is `python -m bench.search`.
+# On all 500 test prompts. At equal pairs every method is read off after 100, 200 and 300 steps (SFT-1, -2, -4); SFT also
+# where its training FLOPs equal those of one and of three SPIN iterations, which cost 8/3 of its images: after 267 (SFT-3)
+# and 800 steps (SFT-5). The search of the learning rates is `python -m bench.search`.
 SEEDS ?= 0 1 2
 SFT_LR ?= 3e-4
 DPO = lr: 2e-5, beta: 300
 MEASURED := results/measured/mini_comparison.csv
+AGAINST := base SFT-1 SFT-3 SFT-4 SFT-5 Diffusion-DPO-2 Diffusion-DPO-3 SPIN-1 SPIN-2
 measure: $(STAMP)
 	for seed in $(SEEDS); do $(BIN)/bench run --method all --iters 3 --seed $$seed \
 	  --set "evaluation.prompt_sets={test: {prompts: 'world:test'}}" \
@@ -41,5 +43,10 @@ measure: $(STAMP)
 	  --set "methods.diffusion_dpo.iterations=[{steps: 100, $(DPO)}, {steps: 100, $(DPO)}, {steps: 100, $(DPO)}]" \
 	  || exit 1; done
 	$(BIN)/bench table --format csv > $(MEASURED)
-	$(BIN)/bench table --format csv --against base | tail -n +2 >> $(MEASURED)
 	$(BIN)/bench table --format csv --stat winrate | tail -n +2 >> $(MEASURED)
+	for model in $(AGAINST); do $(BIN)/bench table --format csv --against $$model | tail -n +2 >> $(MEASURED); done
+	$(BIN)/bench table --format csv --stat agreement > results/measured/mini_agreement.csv
+	$(BIN)/python -c "import glob, json; read = lambda path: json.load(open(path)); \
+	  print(json.dumps([{**read(f'{run}/protocol.json'), 'cost': {name: value for name, value in \
+	  read(f'{run}/cost.json').items() if 'stages' not in name}} for run in sorted(glob.glob('results/runs/*'))], \
+	  indent=1))" > results/measured/mini_comparison.protocols.json

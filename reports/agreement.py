@@ -16,7 +16,6 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau, rankdata
 
 from reports import layouts, stats, tables
 from reports.load import BASE, Runs
@@ -115,6 +114,8 @@ def _known(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[tuple]:
     """(first, second, spearman, low, high, kendall, n) of each pair of columns of values [N, metrics]."""
+    from scipy.stats import kendalltau
+
     counts = np.concatenate([np.ones((count, 1), np.float32), stats.resample_counts(count, RESAMPLES)], axis=1)
     for rows, pairs in _by_presence(values):
         own = values[rows]
@@ -130,6 +131,8 @@ def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[
 
 def _over_models(read: np.ndarray) -> Iterator[tuple]:
     """The same of the models' means; read: [models, training seeds, prompts, metrics]."""
+    from scipy.stats import kendalltau, rankdata
+
     data = np.ma.masked_invalid(read).mean(axis=1).filled(np.nan)
     present = np.isfinite(data).any(axis=1)
     shared = data[:, (np.isfinite(data) | ~present[:, None]).all(axis=(0, 2))]

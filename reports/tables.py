@@ -45,7 +45,7 @@ def table(
     winrate over `against` (default base) in [0, 1]. metrics: names; "judge" stands for all judge readings,
     "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all metrics
     and the judge's main readings. protocol: one, mean or best image of a prompt; default the suite's.
-    With `against` there are also p, p_holm (corrected over a model's metrics) and detectable, see
+    With `against` there are values in p, p_holm (corrected over a model's metrics) and detectable, see
     `reports.significance`.
     """
     one_of(stat, stats.STATS, "--stat")
@@ -68,16 +68,16 @@ def table(
             continue
         rows = pd.concat(setting, ignore_index=True)
         parts.append(significance.annotate(rows, scores, stat, against, protocol) if against else rows)
-    columns = COLUMNS + (TESTED if against else [])
-    tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
-    return tidy.assign(stat=stat, against=against or "", protocol=protocol)[columns]
+    tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+    # the same columns whatever is asked for, so that the rows of several tables fit into one file
+    return tidy.assign(stat=stat, against=against or "", protocol=protocol).reindex(columns=COLUMNS + TESTED)
 
 
 def render(tidy: pd.DataFrame, format: str = "text") -> str:
     """Lay a tidy table out: text, md and latex side by side, the best marked; csv and json as tidy rows."""
     one_of(format, FORMATS, "--format")
     if format == "csv":
-        return tidy.to_csv(index=False, lineterminator="\n")
+        return tidy.to_csv(index=False, lineterminator="\n", float_format="%.8g")
     if format == "json":
         rows = tidy.astype(object).where(tidy.notna(), None).to_dict("records")
         return json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False)
