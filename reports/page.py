@@ -14,7 +14,7 @@ from reports import cost, layouts, plots, sections, tables
 from reports.load import Runs
 from reports.pictures import AMOUNTS, Amount, gallery
 from reports.stats import JUDGE, Estimate
-from reports.verdict import findings
+from reports.verdict import findings, headline
 
 MAX_MB = 20.0  # what most mail servers take
 MB = 1e6
@@ -86,6 +86,7 @@ def context(runs: Runs) -> dict[str, Any]:
         "judge_title": layouts.JUDGE_TITLE,
         "reading": layouts.PROTOCOLS[tables.default_protocol(runs)],
         "first": found[0],
+        "headline": headline(found),
         "findings": found,
         "price": {row["model"]: row for row in prices.to_dict("records")},
         "price_bars": sections.price_bars(runs, palette),

@@ -37,6 +37,11 @@ class Finding:
         return self.margin is None or self.margin.low > 0
 
     @property
+    def clear(self) -> bool:
+        """Whether the best model is clear of everything else."""
+        return self.best == BASE or ((self.gain is None or self.beats_base) and self.beats_rival)
+
+    @property
     def headline(self) -> str:
         if self.best == BASE:
             return "No method improves on the base model"
@@ -52,6 +57,18 @@ def findings(runs: Runs) -> list[Finding]:
     sets = list(dict.fromkeys(name for name, _ in runs.groups))
     order = sorted(runs.groups, key=lambda group: (sets.index(group[0]), -group[1]))
     return [_finding(runs, group) for group in order]
+
+
+def headline(found: list[Finding]) -> str:
+    """What the page opens with: one winner, or, where the guidance scales of the first prompt set name different
+    models, each of them."""
+    same = [finding for finding in found if finding.group[0] == found[0].group[0]]
+    if len({finding.best for finding in same}) == 1:
+        return found[0].headline
+    verb = "wins" if all(finding.clear for finding in same) else "leads"
+    named = ["no method" if finding.best == BASE else finding.best for finding in same]
+    named[0] = f"{named[0].replace('no', 'No') if same[0].best == BASE else named[0]} {verb}"
+    return ", ".join(f"{name} at guidance {finding.group[1]:g}" for name, finding in zip(named, same, strict=True))
 
 
 def _finding(runs: Runs, group: tuple[str, float]) -> Finding:

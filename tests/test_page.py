@@ -12,6 +12,7 @@ import pytest
 from bench.errors import BenchError
 from reports import page, plots, verdict
 from reports.load import load_runs
+from reports.stats import Estimate
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 
@@ -162,7 +163,20 @@ def test_the_headline_is_as_sure_as_the_numbers(
         monkeypatch.setitem(fake_runs.EFFECTS, method, effect)
         fake_runs.write_run(tmp_path, method, seed=1, guidance=(3.0,))
     found = verdict.findings(load_runs(None, tmp_path))
-    assert headline in found[0].headline
+    assert headline in found[0].headline == verdict.headline(found)
+
+
+def test_the_headline_names_the_winner_of_every_guidance_scale() -> None:
+    def finding(guidance: float, best: str, low: float) -> verdict.Finding:
+        estimate = Estimate(low + 0.1, low, low + 0.2)
+        return verdict.Finding(("test", guidance), best, estimate, estimate, None, "SFT", estimate)
+
+    found = [finding(3.0, "SFT-4", 0.1), finding(1.0, "SPIN-3", 0.1)]
+    assert verdict.headline(found) == "SFT-4 wins at guidance 3, SPIN-3 at guidance 1"
+    unsure = [found[0], finding(1.0, "SPIN-3", -0.1)]
+    assert verdict.headline(unsure) == "SFT-4 leads at guidance 3, SPIN-3 at guidance 1"
+    assert verdict.headline([finding(3.0, "base", 0), found[1]]) == "No method wins at guidance 3, SPIN-3 at guidance 1"
+    assert verdict.headline(found[:1]) == "SFT-4 wins"
 
 
 @pytest.mark.parametrize("metrics", [["pickscore"], ["judge/utility"]])
