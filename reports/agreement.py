@@ -24,7 +24,9 @@ STAT = "agreement"
 UNITS = ("images", "changes", "models")
 UNIT_TITLES = {"images": "over images", "changes": "over changes to base", "models": "over means of models"}
 RESAMPLES = 500
-CHUNK = 50  # resamples ranked at a time: a few tens of MB
+FEWEST, WORK = 100, 8_000_000  # of many rows there are fewer resamples, about WORK ranked rows in all: their interval
+# is narrow, and 100 place its ends within a sixth of its width
+CHUNK = 1_000_000  # rows ranked at a time: a few tens of MB
 COLUMNS = ["prompt_set", "guidance", "unit", "first", "second", "spearman", "low", "high", "kendall", "n",
            "n_prompts", "told_apart", "opposed", "opposed_models", "protocol"]
 NOTE = (
@@ -116,13 +118,15 @@ def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[
     """(first, second, spearman, low, high, kendall, n) of each pair of columns of values [N, metrics]."""
     from scipy.stats import kendalltau
 
-    counts = np.concatenate([np.ones((count, 1), np.float32), stats.resample_counts(count, RESAMPLES)], axis=1)
+    resamples = int(np.clip(WORK // max(1, len(values)), FEWEST, RESAMPLES))
+    counts = np.concatenate([np.ones((count, 1), np.float32), stats.resample_counts(count, resamples)], axis=1)
     for rows, pairs in _by_presence(values):
         own = values[rows]
         if len(own) < 3:
             continue
+        size = max(1, CHUNK // len(own))
         replicates = np.concatenate([
-            spearman(own, counts[:, start : start + CHUNK][prompts[rows]]) for start in range(0, counts.shape[1], CHUNK)
+            spearman(own, counts[:, start : start + size][prompts[rows]]) for start in range(0, counts.shape[1], size)
         ])
         for first, second in pairs:
             kendall = kendalltau(own[:, first], own[:, second]).statistic
