@@ -218,16 +218,21 @@ def _latex(heading: str, rows: pd.DataFrame) -> str:
     return latex(heading, header, lines)
 
 
+LONG = 80  # characters, beyond which a cell is a paragraph
+
+
 def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table environment that needs no package; the first column is escaped, other cells are LaTeX already."""
     drawn = [" & ".join(map(latex_text, header)) + r" \\"]
     drawn += [" & ".join([latex_text(row[0]), *row[1:]]) + r" \\" for row in body]
+    kinds = [r"p{0.75\linewidth}" if any(len(row[column]) > LONG for row in body) else "r"
+             for column in range(1, len(header))]
     return "\n".join(
         [
             r"\begin{table}",
             r"\centering\small\setlength{\tabcolsep}{4pt}",
             rf"\caption{{{latex_text(heading)}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            rf"\begin{{tabular}}{{l{''.join(kinds)}}}",
             r"\hline",
             drawn[0],
             r"\hline",
