@@ -78,10 +78,9 @@ def test_training_sees_what_the_metric_sees(folder):
 
 def test_choices_follow_bradley_terry():
     gap = 2 * drawings.LABEL_TEMPERATURE
-    utility = np.tile([0.5, 0.5 + gap], 4000)
-    share = scorers.noisy_choices(utility, seed=0).mean()
-    assert share == pytest.approx(1 / (1 + np.exp(-2)), abs=0.02)
-    np.testing.assert_array_equal(scorers.noisy_choices(utility, 0), scorers.noisy_choices(utility, 0))
+    first, second = scorers.shares(np.array([0.5 + gap, 0.5, 0.1, 0.1]))
+    assert first == pytest.approx([1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))])
+    assert second == pytest.approx([0.5, 0.5])
 
 
 def test_pairs_are_picked_together():

@@ -34,7 +34,7 @@ PLAN: dict[str, dict[str, Any]] = {
     "judge": {"steps": 4000, "pool": 30_000},
     "samples": {"prompts": 400},
     "clip": {"steps": 2500, "pool": 24_000},
-    "pickscore": {"steps": 4000, "pairs": 20_000},
+    "pickscore": {"steps": 3000, "pairs": 20_000},
     "aesthetic": {"steps": 3000, "pool": 12_000},
     "hpsv2": {"steps": 4000, "rankings": 9000},
     "imagereward": {"steps": 4000, "pairs": 20_000},

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy
 from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
 
 from bench.data import drawings, world
@@ -27,8 +28,8 @@ from bench.mini.scorers import (
     VISION,
     embed,
     measure,
-    noisy_choices,
     pick_pairs,
+    shares,
     tokenise,
     trainable,
     with_round_trips,
@@ -65,15 +66,14 @@ def train_hpsv2(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int 
     model, processor = trainable(copy.deepcopy(clip.model), device), clip.processor
     data = with_round_trips(ranked_pool(seed, rankings), roundtrip, grouped(samples) if samples else None)
     tokens = tokenise(clip.tokenizer, data.captions[0::GROUP])
-    order = torch.from_numpy(noisy_rankings(data.utility, seed))
-
     def loss(step: int) -> Tensor:
         groups = np.random.default_rng([seed, step]).choice(len(tokens), min(batch_size, len(tokens)), replace=False)
         rows = (GROUP * groups[:, None] + np.arange(GROUP)).ravel()
         image, text = embed(model, processor, data.images[rows], tokens[groups], device)
         cosine = (image.unflatten(0, (-1, GROUP)) * text[:, None, :]).sum(-1)
         logits = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * cosine
-        return plackett_luce(logits.gather(1, order[groups].to(device)))
+        order = torch.from_numpy(noisy_rankings(data.utility[rows], [seed, step]))  # another person's every time
+        return plackett_luce(logits.gather(1, order.to(device)))
 
     model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="HPS v2", ema=0.995)
     save_hpsv2(model, clip.tokenizer, folder)
@@ -111,9 +111,9 @@ def grouped(samples: Pool) -> Pool:
                 samples.aesthetics[order])
 
 
-def noisy_rankings(utility: np.ndarray, seed: int) -> np.ndarray:
+def noisy_rankings(utility: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     """Places best first, int64 [G, GROUP]: Plackett-Luce draws by the utilities [G * GROUP] (Gumbel's trick)."""
-    noise = np.random.default_rng([seed, RANKING_STREAM]).gumbel(size=len(utility))
+    noise = np.random.default_rng([*seed, RANKING_STREAM]).gumbel(size=len(utility))
     noisy = (utility / drawings.LABEL_TEMPERATURE + noise).reshape(-1, GROUP)
     return np.argsort(-noisy, axis=1)
 
@@ -142,7 +142,8 @@ def save_hpsv2(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
 def train_imagereward(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int = 0, steps: int = 3000,
                       batch_size: int = 64, lr: float = 5e-4, pairs: int = 10_000, held_out: int = 2000,
                       roundtrip: RoundTrip | None = None, samples: Pool | None = None, device: str = "cpu") -> None:
-    """Train BLIP with its reward head on noisy choices, -log sigmoid(r_winner - r_loser) (Xu et al. 2023).
+    """Train BLIP with its reward head on choices, -log sigmoid(r_winner - r_loser) (Xu et al. 2023), for the shares of
+    people who would choose so.
 
     The image encoder starts from the miniature CLIP's blocks, in place of BLIP's pretraining.
     batch_size: pairs a step. samples: rated pairs of generated images (rows 2k and 2k + 1).
@@ -154,7 +155,7 @@ def train_imagereward(folder: Path, checkpoint: Path, clip_folder: Path, *, seed
     network = network.to(device)
     data = with_round_trips(pair_pool(seed, pairs, "train", rough=True), roundtrip, samples)
     tokens = tokenizer(data.captions[0::2], padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    chosen = torch.from_numpy(noisy_choices(data.utility, seed))
+    chosen = torch.from_numpy(shares(data.utility))
 
     def loss(step: int) -> Tensor:
         rows = pick_pairs(seed, step, len(data), batch_size)
@@ -164,8 +165,7 @@ def train_imagereward(folder: Path, checkpoint: Path, clip_folder: Path, *, seed
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             image = network.blip["visual_encoder"](normalised(pixels, CLIP_MEAN, CLIP_STD).to(device))
             rewards = network(image, tokens.input_ids[texts].to(device), tokens.attention_mask[texts].to(device))
-        sign = 1 - 2 * chosen[rows[0::2] // 2].to(device)  # 1 where the first image was chosen
-        return -logsigmoid(sign * (rewards[0::2] - rewards[1::2]).float()).mean()
+        return cross_entropy(rewards.float().unflatten(0, (-1, 2)), chosen[texts[0::2]].to(device))
 
     trained = fit(network, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="ImageReward", ema=0.995)
     save_imagereward(trained, tokenizer, folder)

@@ -39,7 +39,7 @@ PROJECTION = 128
 MAX_LOGIT_SCALE = math.log(100)  # as in CLIP's own training
 HEAD_SIZES = (PROJECTION, 128, 64, 32, 16, 1)
 RATING_NOISE = 0.7  # standard deviation of a person's rating on the scale of 1 to 10
-CLIP_STREAM, RATINGS_STREAM, LABELS_STREAM = 21, 22, 23
+CLIP_STREAM, RATINGS_STREAM = 21, 22
 
 QUALITY_WORDS = {"fade": "faded", "oversaturation": "garish", "blotches": "blotchy",
                  "displacement": "crooked", "shadow": "dark"}
@@ -108,9 +108,10 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
                     batch_size: int = 64, lr: float = 5e-4, pairs: int = 20_000, held_out: int = 2000,
                     roundtrip: RoundTrip | None = None, samples: Pool | None = None,
                     device: str = "cpu") -> None:
-    """Fine-tune the miniature CLIP on noisy choices between two images of one prompt (Kirstain et al. 2023).
+    """Fine-tune the miniature CLIP on choices between two images of one prompt (Kirstain et al. 2023).
 
-    The probability of a choice is the softmax of exp(logit scale) * cosine over the two images.
+    The probability of a choice is the softmax of exp(logit scale) * cosine over the two images; its target is the
+    share of people who would choose so.
 
     batch_size: pairs a step. samples: rated pairs of generated images (rows 2k and 2k + 1).
     """
@@ -119,7 +120,7 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
     model, processor = trainable(copy.deepcopy(clip.model), device), clip.processor
     data = with_round_trips(pair_pool(seed, pairs, "train", rough=True), roundtrip, samples)
     tokens = tokenise(clip.tokenizer, data.captions[0::2])
-    chosen = torch.from_numpy(noisy_choices(data.utility, seed))
+    chosen = torch.from_numpy(shares(data.utility))
 
     def loss(step: int) -> Tensor:
         rows = pick_pairs(seed, step, len(data), batch_size)
@@ -134,11 +135,10 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
     measure(PickScore.load(str(folder), device), folder, seed + 1, held_out, roundtrip)
 
 
-def noisy_choices(utility: np.ndarray, seed: int) -> np.ndarray:
-    """Which image of each pair is chosen, int64 [K] of 0 or 1: Bradley-Terry on the utilities [2K]."""
-    odds = (utility[1::2] - utility[0::2]) / drawings.LABEL_TEMPERATURE
-    draws = np.random.default_rng([seed, LABELS_STREAM]).random(len(odds))
-    return (draws < 1 / (1 + np.exp(-odds))).astype(np.int64)
+def shares(utility: np.ndarray) -> np.ndarray:
+    """The share of people who choose each image of a pair, float32 [K, 2]: Bradley-Terry on the utilities [2K]."""
+    first = 1 / (1 + np.exp((utility[1::2] - utility[0::2]) / drawings.LABEL_TEMPERATURE))
+    return np.stack([first, 1 - first], axis=1).astype(np.float32)
 
 
 # --- Aesthetic: a rating from the frozen image embedding ---
