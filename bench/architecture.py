@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench import models
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.random_weights import PREFIX, configurations, is_random
+from bench.sample import latent_shape
 
 SD15_NAMES = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5")
 PARTS = ("unet", "vae", "text_encoder")
@@ -33,8 +34,7 @@ class Architecture(NamedTuple):
     @property
     def pixels(self) -> tuple[int, int]:
         """Height and width of an image in the sampler's hands."""
-        size = self.unet.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
+        _, height, width = latent_shape(self.unet)
         scale = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return height * scale, width * scale
 
@@ -65,7 +65,7 @@ def _hub_configs(weights: str) -> Path:
     try:
         return Path(snapshot_download(weights, allow_patterns=["*/config.json"]))
     except Exception as error:  # the hub's client raises errors of several libraries
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"{weights}: no such folder, and its configuration cannot be read from the hub: {cause}"
                          ) from error
 

@@ -22,3 +22,8 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the option nearest to `word`, or "" when none is near."""
     close = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's error says, in one line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, first_line
 from bench.progress import track
 from bench.stages import atomic_write, fingerprint
 from bench.versions import versions
@@ -100,7 +100,7 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         table = readers[path.suffix](path)
     except (ValueError, OSError) as error:
-        raise BenchError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise BenchError(f"{path} cannot be read: {first_line(error)}") from error
     column = next((name for name in PROMPT_COLUMNS if name in table), None)
     if column is None:
         raise BenchError(f"{path}: no column 'prompt'; found {', '.join(map(str, table.columns))}")
@@ -270,7 +270,7 @@ def _decode(item: Item) -> Image.Image | None:
         image.load()
         return image
     except Exception as error:  # Pillow raises errors of many kinds for broken files
-        item.problem = f"broken image: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        item.problem = f"broken image: {first_line(error)}"
         return None
 
 

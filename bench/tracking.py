@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.stages import atomic_write
 
 with warnings.catch_warnings():
@@ -75,7 +75,7 @@ def record(folder: Path, config: dict[str, Any], body: Callable[[LogScalar], Non
             experiment.run()
         except Exception as error:
             if databases and not started:
-                reason = (str(error) or type(error).__name__).splitlines()[0][:LONGEST_REASON]
+                reason = first_line(error)[:LONGEST_REASON]
                 raise BenchError(f"the run's record cannot be written to the database: {reason}") from error
             raise
 
@@ -102,7 +102,7 @@ def _databases(mongo: str | None, sql: str | None) -> list[RunObserver]:
         if sql:
             observers.append(SqlObserver(sql))
     except Exception as error:
-        raise BenchError(f"the database's address is not usable: {str(error).splitlines()[0]}") from error
+        raise BenchError(f"the database's address is not usable: {first_line(error)}") from error
     return observers
 
 

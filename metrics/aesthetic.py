@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from metrics.base import Images, Metric, check_lengths, find_weights, weights_digest
 from metrics.clip_family import OPEN_CLIP, ClipBackbone
 from metrics.open_clip_format import VIT_L_14
@@ -110,7 +110,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         # The released file was saved from a GPU, so the place of its tensors has to be overridden.
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"cannot read the aesthetic head {path}: {cause}") from error
 
 

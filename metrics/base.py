@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 
 MINI_WEIGHTS = Path(__file__).resolve().parent.parent / "bench" / "mini" / "weights"
 """Where the bundled miniature scorers live."""
@@ -122,7 +122,7 @@ def _from_hub(published: Published, candidates: Sequence[Path]) -> str:
     try:
         return hf_hub_download(published.repository, published.file)
     except Exception as error:  # the hub's client raises errors of several libraries
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise BenchError(
             f"{published.file} ({published.size}) not found: looked at {', '.join(map(str, candidates))}, the "
             f"Hugging Face cache and online; download it from {published.repository} and put it into the folder "

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.progress import track
 from metrics import open_clip_format
 from metrics.base import (
@@ -232,7 +232,7 @@ def _open(kind: type, source: str, **options):
     try:
         opened = kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"cannot load a {kind.__name__} from '{source}' (looked on disk, in BENCH_WEIGHTS, "
                          f"in the Hugging Face cache and online): {cause}") from error
     if not options.get("output_loading_info"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.progress import track
 from metrics import blip
 from metrics.aesthetic import head_layers, head_sizes
@@ -143,7 +143,7 @@ def _open_tokenizer(source: str) -> BertTokenizer:
     try:
         return BertTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"ImageReward needs the vocabulary of bert-base-uncased (vocab.txt, 0.2 MB): put it beside "
                          f"ImageReward.pt, or {TOKENIZER} into the folder that BENCH_WEIGHTS names ({cause})"
                          ) from error

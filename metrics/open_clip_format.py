@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 
 CONFIG_FILE = "open_clip_config.json"
 VIT_H_14 = {"embed_dim": 1024,
@@ -68,7 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"cannot read the checkpoint {path}: {cause}") from error
     stored = stored.get("state_dict", stored)
     return {name.removeprefix("module."): value for name, value in stored.items()}

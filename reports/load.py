@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.errors import BenchError, UsageError, did_you_mean
+from bench.errors import BenchError, UsageError, did_you_mean, first_line
 
 BASE = "base"
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
@@ -146,7 +146,7 @@ def _folders(paths: Sequence[Path] | None, root: Path) -> list[Path]:
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"no {Path(error.filename).name} (unfinished?)" if error.filename else "unfinished?"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return first_line(error)[:200]
 
 
 def _read(folder: Path, problems: list[str]) -> dict[str, Any]:

@@ -127,17 +127,22 @@ def test_an_unreadable_checkpoint_is_said_in_one_line(base, accelerator, tmp_pat
         go(base, accelerator, checkpoints)
 
 
-def test_a_broken_training_names_the_last_good_checkpoint_which_is_a_model(base, accelerator, tmp_path, monkeypatch):
-    """From the 5th step on the weights are not finite: the checkpoint after 6 steps must not be written."""
+def break_weights(monkeypatch, value: float) -> None:
+    """Fill a weight with `value` at the end of the 5th step."""
     step = Loop.step
 
     def breaks(self, number):
         step(self, number)
         if number == 4:
             with torch.no_grad():
-                self.trained[0].fill_(torch.nan)
+                self.trained[0].fill_(value)
 
     monkeypatch.setattr(Loop, "step", breaks)
+
+
+def test_a_broken_training_names_the_last_good_checkpoint_which_is_a_model(base, accelerator, tmp_path, monkeypatch):
+    """From the 5th step on the weights are not finite: the checkpoint after 6 steps must not be written."""
+    break_weights(monkeypatch, torch.nan)
     checkpoints = Checkpoints(tmp_path, "key", 2)
     with pytest.raises(BenchError, match=r"sft: loss became nan in steps 4 to 6 .*; last good checkpoint: \S+step4$"):
         go(base, accelerator, checkpoints, method=SFT())
@@ -149,15 +154,7 @@ def test_a_broken_training_names_the_last_good_checkpoint_which_is_a_model(base,
 @pytest.mark.parametrize("every", [5, 1])
 def test_no_checkpoint_is_written_of_weights_that_just_broke(base, accelerator, tmp_path, monkeypatch, every):
     """At step 5 loss and gradient are still finite, but not what the optimizer made of them."""
-    step = Loop.step
-
-    def breaks(self, number):
-        step(self, number)
-        if number == 4:
-            with torch.no_grad():
-                self.trained[0].fill_(torch.inf)
-
-    monkeypatch.setattr(Loop, "step", breaks)
+    break_weights(monkeypatch, torch.inf)
     checkpoints = Checkpoints(tmp_path, "key", every)
     with pytest.raises(BenchError, match="became nan"):
         go(base, accelerator, checkpoints)

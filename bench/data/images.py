@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageOps
 
+from bench.errors import first_line
 from bench.shards import BrokenRows
 
 READING = "shorter side resized (bilinear), centre crop"  # for the protocol, and part of every cache's name
@@ -26,8 +27,7 @@ def read_image(content: bytes, resolution: int) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow raises errors of many kinds for broken files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError("undecodable image: " + reason.split(" <_io")[0]) from error
+        raise ValueError("undecodable image: " + first_line(error).split(" <_io")[0]) from error
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR))
 
 

@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.stages import fingerprint
 
 SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")  # Pick-a-Pic's
@@ -63,7 +63,7 @@ class Shards:
             return pq.ParquetFile(self.files.open(self.paths[shard], "rb"), pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise BenchError(f"{self.source}: shard {self.name(shard)} cannot be read: "
-                             f"{str(error).splitlines()[0]}") from error
+                             f"{first_line(error)}") from error
 
     def expect(self, columns: Sequence[str]) -> list[str]:
         """The columns of the first shard, among which these must be."""
@@ -117,6 +117,6 @@ def _on_the_hub(source: str) -> tuple[Any, dict[str, str]]:
         names = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".parquet"))
         return HfFileSystem(), {file: f"datasets/{name}@{info.sha}/{file}" for file in names}
     except Exception as error:  # the client raises errors of several libraries
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         raise BenchError(f"{source}: no such folder, and the hub failed: {cause} (a mirror is named the same way, "
                          "OWNER/NAME; a folder of parquet shards works without the hub)") from error

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.data import world
 from bench.data.tables import read_column, read_table
-from bench.errors import BenchError, UsageError, did_you_mean
+from bench.errors import BenchError, UsageError, did_you_mean, first_line
 
 # name -> (number of prompts, stream of randomness, numbers of objects, split)
 WORLD_SETS = {"train": (2000, 11, (1, 2, 2, 2), "train"), "validation": (250, 12, (1, 2, 2, 2), "validation"),
@@ -99,7 +99,7 @@ def _published(name: str, folder: str) -> list[Path]:
     try:
         return [Path(hf_hub_download(published.repository, file, repo_type="dataset")) for file in published.files]
     except Exception as error:  # the client raises errors of several libraries
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = first_line(error)
         names = ", ".join(PurePosixPath(file).name for file in published.files)
         raise BenchError(f"{name}: {published.repository} cannot be read from the hub: {cause} (with {names} in a "
                          f"folder: {name}:FOLDER)") from error

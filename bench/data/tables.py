@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +42,7 @@ def read_table(path: Path) -> pd.DataFrame:
             raise ValueError(f"expected a list of prompts, found a {type(entries).__name__}")
         return pd.DataFrame([entry if isinstance(entry, dict) else {"prompt": entry} for entry in entries])
     except (ValueError, OSError) as error:
-        raise BenchError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise BenchError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_column(path: Path, table: pd.DataFrame, names: Sequence[str] = PROMPT_COLUMNS) -> list[str]:

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from bench.data import drawings, world
 from bench.data.drawings import Drawing
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
 from bench.mini.fit import fit
 from bench.mini.pools import Pool, RoundTrip, pair_pool, pairwise, rendered, rounded
 from bench.progress import track
@@ -100,7 +100,7 @@ class Judge:
             network.load_state_dict({name: value.float() if value.is_floating_point() else value
                                      for name, value in load_file(path).items()})
         except RuntimeError as error:
-            raise BenchError(f"{path} does not hold a judge: {str(error).splitlines()[0]}") from error
+            raise BenchError(f"{path} does not hold a judge: {first_line(error)}") from error
         report = folder / "accuracy.json"
         return cls(network, device, accuracy=json.loads(report.read_text()) if report.exists() else None)
 
