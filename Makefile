@@ -22,7 +22,7 @@ run: $(STAMP)
 	$(BIN)/bench report
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=10
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -45,6 +45,7 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
         if shared.processes.main:
             runs.sweep(run.folder)
             runs.sweep(runs.CACHE)
+            runs.store(run)  # a finished run may have been given other scorers
             tracking.record(run.folder, run.config(), stages, mongo, sql)
         else:
             stages(lambda name, value, step: None)
@@ -111,7 +112,7 @@ class Experiment:
             "policy": previous.key, "reference": reference.key if reference else None,
             "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
         checkpoints = Checkpoints(self.run.folder / "stages" / f"training{iteration}", stage.hash,
-                                  self.suite.train.checkpoint_every)
+                                  self.suite.training(self.run.method).checkpoint_every)
         if self.processes.once(lambda: not stage.done):
             self.train(iteration, stage, previous, reference, opponent, checkpoints)
         if self.processes.main:

@@ -60,10 +60,17 @@ def write_protocol(run: Run, shared: Shared) -> None:
 
 def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
     """Sum up what the stages in these folders cost; what all runs share is listed, but charged to none."""
-    device, dtype = device_name(shared.device), run.suite.model.dtype
+    device, dtype, precision = device_name(shared.device), run.suite.model.dtype, run.suite.train.precision
     card = cards.recognise(device) if shared.device.type == "cuda" else None
-    peak = cards.CARDS[card].peak(dtype) if card else None
-    spent = [_read_cost(folder, peak) for folder in stages]
+    peaks = {kind: cards.CARDS[card].peak(kind) if card else None for kind in (dtype, precision)}
+
+    def read(folder: Path) -> dict[str, Any]:
+        """What one stage cost, and its MFU where the device's peak is known."""
+        stage = json.loads((folder / "cost.json").read_text())
+        peak = peaks[precision if stage["name"].endswith("/train") else dtype]
+        return {**stage, "mfu": mfu(stage.get("flops"), stage["seconds"], stage.get("devices", 1), peak)}
+
+    spent = [read(folder) for folder in stages]
 
     def total(kind: str, what: str) -> int:
         return sum(stage.get(what, 0) for stage in spent if stage["name"].endswith(kind))
@@ -72,7 +79,7 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
     memory = [stage["peak_memory_bytes"] for stage in spent if stage.get("peak_memory_bytes")]
     record = {
         "stages": spent,
-        "shared_stages": [_read_cost(folder, peak) for folder in shared.common.values()],
+        "shared_stages": [read(folder) for folder in shared.common.values()],
         "total_seconds": round(sum(stage["seconds"] for stage in spent), 3),
         "train_flops": total("/train", "flops"),
         "sample_flops": total("/opponent", "flops"),
@@ -81,15 +88,11 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
         "energy_joules": sum(joules) if spent and None not in joules else None,
         "device": device,
         "dtype": dtype,
-        "peak_flops_per_s": peak,
+        "peak_flops_per_s": peaks[dtype],
+        "train_precision": precision,
+        "train_peak_flops_per_s": peaks[precision],
     }
     atomic_write(run.folder / "cost.json", json.dumps(record, indent=1))
-
-
-def _read_cost(folder: Path, peak: float | None) -> dict[str, Any]:
-    """What one stage cost, and its MFU where the device's peak is known."""
-    cost = json.loads((folder / "cost.json").read_text())
-    return {**cost, "mfu": mfu(cost.get("flops"), cost["seconds"], cost.get("devices", 1), peak)}
 
 
 def device_name(device: torch.device) -> str:

@@ -59,8 +59,13 @@ def create(method: str, suite: Suite, seed: int, iterations: int) -> Run:
             copies += 1
             identity = f"{stem}-{copies}"
     run = Run(identity, method, seed, iterations, suite)
-    atomic_write(run.folder / "config.json", json.dumps(run.config(), indent=2, sort_keys=True))
+    store(run)
     return run
+
+
+def store(run: Run) -> None:
+    """Write a run's settings into its folder."""
+    atomic_write(run.folder / "config.json", json.dumps(run.config(), indent=2, sort_keys=True))
 
 
 def find(name: str) -> Path:
@@ -118,12 +123,9 @@ def refuse_changes(run: Run, asked: dict[str, Any]) -> None:
 
 
 def rescored(run: Run, suite: Suite) -> Run:
-    """The run with the scorers of `suite`; its settings on disk say so too. Rows of scorers that left are dropped."""
+    """The run with the scorers of `suite`; executed, it drops the rows of scorers that left."""
     changes = {name: getattr(suite, name) for name in SCORING}
-    again = replace(run, suite=run.suite.model_copy(update=changes))
-    if again != run:
-        atomic_write(run.folder / "config.json", json.dumps(again.config(), indent=2, sort_keys=True))
-    return again
+    return replace(run, suite=run.suite.model_copy(update=changes))
 
 
 def sweep(folder: Path) -> None:

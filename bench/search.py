@@ -69,8 +69,9 @@ def main(methods: tuple[str, ...], suite: str, seed: int, work: Path, output: Pa
     """Search the settings of METHODS (all by default)."""
     runs.RUNS = work
     chosen = load_suite(suite, VALIDATION)
-    shared = Shared(chosen)
-    rows = [row for method in methods or GRIDS for row in search(method, chosen, shared, seed)]
+    wanted = methods or tuple(GRIDS)
+    shared = Shared(chosen, wanted)
+    rows = [row for method in wanted for row in search(method, chosen, shared, seed)]
     table = pd.DataFrame(rows)
     click.echo(table.to_string(index=False))
     if output:

@@ -59,7 +59,9 @@ class Shared:
 
     def __init__(self, suite: Suite, methods: Sequence[str] = ()):
         self.suite = suite
-        require_packages(suite.train.optimizer, suite.train.lora_rank)
+        for method in methods:
+            settings = suite.training(method)
+            require_packages(settings.optimizer, settings.lora_rank)
         self.accelerator = make_accelerator(suite.train.precision)
         self.processes = Processes(self.accelerator)
         self.dtype = DTYPES[suite.model.dtype]

@@ -205,6 +205,9 @@ def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeyp
     assert scores_of(run.folder)["metric"].str.startswith("judge/").all()
     monkeypatch.setattr(experiment, "train", None)
     monkeypatch.setattr("bench.shared.Sampler", None)
+    settings = (run.folder / "config.json").read_text()
+    assert bench(f"run --resume {run.id} --set metrics=[darknes] --set judge=null") == 2
+    assert (run.folder / "config.json").read_text() == settings
     assert bench(f"run --resume {run.id} --set metrics=[darkness] --set judge=null") == 0
     assert list(json.loads((run.folder / "protocol.json").read_text())["metrics"]) == ["darkness"]
     assert runs.load(run.id).suite.metrics == ["darkness"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import meter
+from bench import meter, protocol, runs
 from bench.meter import metered, mfu
+from bench.suites import load_suite
 
 
 def test_mfu_is_useful_work_over_what_the_devices_could_do():
@@ -60,3 +62,19 @@ def test_what_cannot_be_told_is_none(monkeypatch, tmp_path):
     with metered() as spent:
         pass
     assert spent["peak_memory_bytes"] is None
+
+
+def test_a_training_is_measured_against_the_peak_of_its_own_precision(tmp_path, monkeypatch):
+    """fp32 weights that are sampled from in fp32 and trained in bf16: 989 and 67 TFLOP/s on an H100."""
+    monkeypatch.setattr(protocol, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(runs, "RUNS", tmp_path)
+    run = runs.Run("r", "spin", 0, 1, load_suite("mini", ["train.precision=bf16"]))
+    folders = []
+    for kind, flops in (("train", 98.9e12), ("opponent", 6.7e12)):
+        folders.append(run.folder / kind)
+        folders[-1].mkdir(parents=True)
+        (folders[-1] / "cost.json").write_text(json.dumps({"name": f"iter1/{kind}", "seconds": 1.0, "flops": flops}))
+    protocol.write_cost(run, folders, SimpleNamespace(device=torch.device("cuda"), common={}))
+    cost = json.loads((run.folder / "cost.json").read_text())
+    assert [stage["mfu"] for stage in cost["stages"]] == [0.1, 0.1]
+    assert (cost["peak_flops_per_s"], cost["train_peak_flops_per_s"]) == (67e12, 989e12)

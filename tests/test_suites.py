@@ -171,3 +171,6 @@ def test_a_method_changes_the_train_section_for_itself_and_no_more():
     text = complaint("methods.sft.train.batch_sise=64")
     assert "did you mean 'methods.sft.train.batch_size'?" in text
     assert "'methods.sft.train.batch_size': expected a value greater" in complaint("methods.sft.train.batch_size=0")
+    assert complaint("methods.sft.train.precision=bf16") == (
+        "methods.sft.train.precision: all methods of a suite train in one precision, train.precision")
+    assert load_suite("mini", ["methods.sft.train.precision=bf16", "train.precision=bf16"])

@@ -148,6 +148,8 @@ def test_8_bit_adamw_gets_the_settings_of_adamw(go, monkeypatch):
                                     "pip install 'diffusion-align-bench[bitsandbytes]'"),
     (["train.lora_rank=4"], "train.lora_rank=4 needs peft, which is not installed: "
                             "pip install 'diffusion-align-bench[peft]'"),
+    (["methods.sft.train.lora_rank=4"], "train.lora_rank=4 needs peft, which is not installed: "
+                                        "pip install 'diffusion-align-bench[peft]'"),
 ])
 def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch, options, said):
     find_spec = importlib.util.find_spec
@@ -155,7 +157,7 @@ def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch, option
                         lambda name: None if name in ("bitsandbytes", "peft") else find_spec(name))
     monkeypatch.setattr("bench.models.load_pipeline", None)
     with pytest.raises(UsageError) as caught:
-        Shared(load_suite("mini", options))
+        Shared(load_suite("mini", options), ["sft"])
     assert str(caught.value) == said
     require_packages("adamw", None)
 
@@ -186,9 +188,9 @@ def test_on_a_gpu_the_first_loss_is_log_2_and_memory_is_measured(base, precision
         settings = replace(SMALL, precision=precision, log_every=1)
         history = train(policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0,
                         accelerator)
+        assert accelerator.device.type == "cuda" and (accelerator.scaler is not None) == (precision == "fp16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert accelerator.device.type == "cuda" and (accelerator.scaler is not None) == (precision == "fp16")
     assert history[0]["loss"] == torch.tensor(2.0).log().item()
     assert history[0]["peak_memory_gib"] > 0
 

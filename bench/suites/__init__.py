@@ -215,4 +215,7 @@ def _checked(suite: Suite, source: str) -> Suite:
             problem = error.errors(include_url=False)[0]
             known = {"methods": {method: {"train": suite.train.model_dump()}}}
             raise UsageError(source + keys.explain({**problem, "loc": (*place, *problem["loc"])}, known)) from error
+        if suite.training(method).precision != suite.train.precision:
+            raise UsageError(f"{source}methods.{method}.train.precision: all methods of a suite train in one "
+                             "precision, train.precision")
     return suite
