@@ -75,6 +75,7 @@ class Shared:
         self.prompt_sets = {name: load_prompts(prompts.prompts, prompts.limit)
                             for name, prompts in suite.evaluation.prompt_sets.items()}
         self.pipe = models.load_pipeline(folder, self.device, self.dtype)
+        self.pipe.unet.to("meta")  # its shape is all that is asked of it here: `unet` loads what is sampled from
         self.scorers = evaluate.Scorers.load(suite.metrics, suite.judge, suite.metric_options,
                                              str(self.device))
         self._forward: int | None = None

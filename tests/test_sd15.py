@@ -34,7 +34,8 @@ GIB = 2**30
 def overrides(data: Path, prompts: Path, **more: str) -> list[str]:
     """Two prompts, two steps, one training step, a mini scorer."""
     settings = {"model.dtype": "fp32", "train.precision": "fp32", "data.pairs": f"pickapic:{data}",
-                "train.batch_size": "1", "train.micro_batch": "1", "opponent.steps": "2", "opponent.batch_size": "1",
+                "train.batch_size": "1", "train.micro_batch": "1", "train.gradient_checkpointing": "true",
+                "opponent.steps": "2", "opponent.batch_size": "1",
                 "evaluation.prompt_sets.test.prompts": prompts, "evaluation.steps": "2", "evaluation.batch_size": "1",
                 "evaluation.seeds": "[5775709]", "metrics": "[clip]", "metric_options": "{}", "data.batch_size": "1",
                 "methods.spin.iterations": "[{steps: 1, lr: 1e-5, beta: 2000}]", **more}
