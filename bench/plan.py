@@ -124,8 +124,9 @@ class Planner:
 
     @cached_property
     def resident(self) -> int:
-        """Weights that stay on the device during a whole run: the pipeline, and every scorer in fp32."""
-        return sum(memory.parameter_bytes(part, self.dtype) for part in self.models) + self.scorers[1]
+        """Weights that stay on the device during a whole run: autoencoder, text encoder, every scorer in fp32."""
+        frozen = (self.models.vae, self.models.text_encoder)
+        return sum(memory.parameter_bytes(part, self.dtype) for part in frozen) + self.scorers[1]
 
     @cached_property
     def scorers(self) -> tuple[int, int]:
