@@ -14,7 +14,7 @@ from metrics.base import Images
 
 THREADS = 8
 """For a GPU: to decode a 512-pixel image and resize it for five scorers takes one core about 15 ms (measured), several
-times what their passes over it need. On a processor one thread reads ahead, for the model has the cores."""
+times what their passes over it need. On a processor the models have the cores."""
 
 T = TypeVar("T")
 _made: dict[tuple[Hashable, int], tuple[Images, Any]] | None = None
@@ -43,16 +43,17 @@ def once(kind: Hashable, images: Images, make: Callable[[], T]) -> T:
 
 def pixel_batches(images: Images, transform: Callable[[Images], Tensor], size: int, device: str) -> Iterator[Tensor]:
     """`transform` of `size` images at a time, on the device: fp32 [<= size, 3, S, S]."""
-    for batch in once((transform, size), images, lambda: _started(images, transform, size, device)):
-        yield batch.result().to(device)
+    batches = [images[start:start + size] for start in range(0, len(images), size)]
+    if torch.device(device).type == "cpu":
+        yield from once((transform, size), images, lambda: [transform(batch) for batch in batches])
+    else:
+        for started in once((transform, size), images, lambda: in_threads(transform, batches)):
+            yield started.result().to(device)
 
 
-def _started(images: Images, transform: Callable[[Images], Tensor], size: int, device: str) -> Sequence[Future[Tensor]]:
-    pool = ThreadPoolExecutor(_threads(device))
-    batches = [pool.submit(transform, images[start:start + size]) for start in range(0, len(images), size)]
+def in_threads(call: Callable[[Images], T], batches: Sequence[Images]) -> list[Future[T]]:
+    """Start on all batches, in order."""
+    pool = ThreadPoolExecutor(THREADS)
+    started = [pool.submit(call, batch) for batch in batches]
     pool.shutdown(wait=False)  # takes no more work; what it was given is done
-    return batches
-
-
-def _threads(device: str) -> int:
-    return 1 if torch.device(device).type == "cpu" else THREADS
+    return started

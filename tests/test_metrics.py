@@ -19,14 +19,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from bench import evaluate
 from bench.errors import BenchError
-from metrics import sharing
 from metrics.aesthetic import Aesthetic, build_head, read_state
 from metrics.base import to_rgb
 from metrics.clip import CLIPScore
 from metrics.clip_family import H14_REPOSITORY, ClipBackbone
 from metrics.pickscore import PickScore, PickScoreCosine
 from metrics.pixels import ShortestSide
-from metrics.sharing import pixel_batches, shared
+from metrics.sharing import in_threads, pixel_batches, shared
 
 SIDE = 16
 PROMPTS = ["a red cat", "at", "a red cat", "", "naïve 猫 " + 40 * "cat "]
@@ -191,18 +190,17 @@ def test_scorers_that_read_alike_share_pixels(clip_folder, images, tmp_path, mon
     np.testing.assert_allclose(scores["b"], alone, rtol=1e-5)
 
 
-def test_pixels_come_in_order_and_errors_come_through(monkeypatch):
-    """As for a GPU: several threads, of which the first is the slowest."""
-    monkeypatch.setattr(sharing, "_threads", lambda device: sharing.THREADS)
-
+def test_pixels_made_in_threads_come_in_order_and_errors_come_through():
     def slow_first(batch):
         time.sleep(0.05 if batch[0] == 0 else 0)
         return torch.as_tensor(batch)
 
-    images = np.arange(7)
-    assert [batch.tolist() for batch in pixel_batches(images, slow_first, 2, "cpu")] == [[0, 1], [2, 3], [4, 5], [6]]
+    pixels = list(pixel_batches(np.arange(7), slow_first, 2, "meta"))  # a device that has no data, like no other
+    assert [len(batch) for batch in pixels] == [2, 2, 2, 1] and {batch.device.type for batch in pixels} == {"meta"}
+    started = in_threads(slow_first, [np.arange(2), np.arange(2, 4), np.arange(4, 5)])
+    assert [batch.result().tolist() for batch in started] == [[0, 1], [2, 3], [4]]
     with pytest.raises(BenchError, match="images must be uint8"):
-        list(pixel_batches(np.zeros((3, 8, 8, 3)), ShortestSide(8), 2, "cpu"))
+        list(pixel_batches(np.zeros((3, 8, 8, 3)), ShortestSide(8), 2, "meta"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

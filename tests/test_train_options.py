@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import sys
 from dataclasses import replace
-from types import ModuleType
 
 import pandas as pd
 import pytest
@@ -127,20 +125,18 @@ def test_the_learning_rate_falls_linearly_to_zero_where_asked(go):
     assert not torch.equal(weights(constant[0]), weights(linear[0]))
 
 
-def test_8_bit_adamw_gets_the_settings_of_adamw(go, monkeypatch):
-    made = []
+def test_8_bit_adamw_has_the_settings_of_adamw_and_nearly_its_steps(base, go, monkeypatch):
+    from bitsandbytes import optim
 
-    class AdamW8bit(torch.optim.AdamW):
-        def __init__(self, parameters, **options):
-            made.append(options)
-            super().__init__(parameters, **options)
-
-    package, optim = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
-    optim.AdamW8bit, package.optim = AdamW8bit, optim
-    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optim)
-    go(optimizer="adamw8bit", weight_decay=0.5, adam_beta2=0.9, steps=1)
-    assert made == [{"lr": SMALL.lr, "betas": (0.9, 0.9), "weight_decay": 0.5}]
+    made, real = [], optim.AdamW8bit
+    monkeypatch.setattr(optim, "AdamW8bit", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
+    moved = [weights(go(optimizer=name, weight_decay=0.5, adam_beta2=0.9)[0]) - weights(base)
+             for name in ("adamw", "adamw8bit")]
+    group = made[0].param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (SMALL.lr, (0.9, 0.9), 0.5)
+    kept = {state["state1"].dtype for state in made[0].state.values()}
+    assert torch.uint8 in kept  # small tensors keep fp32 moments
+    assert not torch.equal(*moved) and (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
 
 
 @pytest.mark.parametrize(("options", "said"), [
