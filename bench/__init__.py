@@ -1,8 +1,10 @@
 """bench: train, sample, score and compare alignment methods for text-to-image diffusion models."""
 
+import logging
 import os
 
-for _library in ("TRANSFORMERS", "DIFFUSERS"):
-    os.environ.setdefault(f"{_library}_VERBOSITY", "error")  # advice on packages left out on purpose
+for _library in ("TRANSFORMERS", "DIFFUSERS"):  # advice on packages left out on purpose
+    os.environ.setdefault(f"{_library}_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"

@@ -15,7 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel
 
+from bench import adapters
+
 BACKWARD = 2  # a backward pass costs two forward passes: gradients of the inputs and of the weights
+ADAPTER = 1  # ... and one where an adapter alone is trained: of the frozen weights there are none
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -34,9 +37,11 @@ def unet_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], t
 
 
 def unet_training_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], tokens: int,
-                        checkpointing: bool = False) -> int:
+                        checkpointing: bool = False, lora_rank: int | None = None) -> int:
     """A forward and a backward pass of one sample; with gradient checkpointing also what is computed again."""
     twin = _weightless(unet)
+    if lora_rank:
+        adapters.attach(twin, lora_rank, 0)
     if checkpointing:
         twin.enable_gradient_checkpointing()
         twin.train()
@@ -64,13 +69,14 @@ def vae_flops(vae: AutoencoderKL, latent_shape: tuple[int, int, int]) -> tuple[i
     return flops(lambda: twin.encode(image)), flops(lambda: twin.decode(latent))
 
 
-def training_flops(forward: int, samples: int, *, paired: bool, reference: bool) -> int:
-    """Training on `samples` pairs, or single images when not `paired`.
+def training_flops(forward: int, samples: int, *, paired: bool, reference: bool, adapter: bool = False) -> int:
+    """Training all weights, or an adapter, on `samples` pairs, or single images when not `paired`.
 
     The policy runs forward and backward, the reference forward only. A pair with a reference is
-    8 forward passes, an SFT image 3: a ratio of 2.67.
+    8 forward passes, an SFT image 3: a ratio of 2.67. With an adapter it is 6 and 2.
     """
-    return forward * samples * (2 if paired else 1) * (1 + BACKWARD + (1 if reference else 0))
+    policy = 1 + (ADAPTER if adapter else BACKWARD)
+    return forward * samples * (2 if paired else 1) * (policy + (1 if reference else 0))
 
 
 def sampling_flops(forward: int, decode: int, images: int, *, steps: int, guidance: float) -> int:

@@ -21,11 +21,12 @@ from bench.cards import recognise
 from bench.data import load_prompts
 from bench.data.prompts import PUBLISHED
 from bench.errors import BenchError
+from bench.mini import MINI_WEIGHTS
 from bench.plan import Plan, plan
 from bench.suites import Suite
 from bench.versions import versions
 from metrics import official
-from metrics.base import MINI_WEIGHTS, Published
+from metrics.base import Published
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pandas", "pyarrow", "sacred")
 OPTIONAL = {"nvidia-ml-py": "energy in cost.json", "peft": "LoRA", "bitsandbytes": "8-bit AdamW",
@@ -129,7 +130,7 @@ def model_files(suite: Suite) -> Iterator[File]:
     if weights.partition(":")[0] == "random":
         yield File("model", weights, "made when it is first used", "")
         return
-    root = models.MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
+    root = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
     is_hub = not root.exists() and weights.count("/") == 1 and not weights.startswith((".", "/", "~"))
     fix = (f"download {weights} from the hub (huggingface-cli download {weights}), or name a folder with "
            "--set model.weights=FOLDER" if is_hub else f"expected in {root}")

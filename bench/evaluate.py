@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -21,10 +22,12 @@ from bench import registry
 from bench.errors import BenchError, UsageError
 from bench.mini.judge import Judge
 from bench.stages import atomic_write
-from metrics.base import Images, Metric
-from metrics.clip_family import shared_embeddings
+from metrics.base import Images, Metric, check_lengths
+from metrics.sharing import shared
 
 BLOCK = 256  # prompts scored in one call: a multiple of what any metric takes at once
+CHUNK = 256  # images whose pixels are kept for all metrics: 0.6 MB each and size of image that a metric reads
+THREADS = 8  # that decode images
 COLUMNS = ("run", "method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
 
 
@@ -53,8 +56,13 @@ class Scorers:
 
     def score(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Score image i against prompt i: float32 [N] by metric, the judge's values as "judge/<name>"."""
-        with shared_embeddings():
-            scores = {name: metric.score(images, prompts) for name, metric in self.metrics.items()}
+        check_lengths(images, prompts)
+        scores = {name: np.empty(0, np.float32) for name in self.metrics}
+        for start in range(0, len(prompts), CHUNK):
+            chunk, asked = images[start:start + CHUNK], prompts[start:start + CHUNK]
+            with shared():
+                for name, metric in self.metrics.items():
+                    scores[name] = np.append(scores[name], metric.score(chunk, asked))
         if self.judge is not None:
             judged = self.judge.score(images, prompts)
             scores |= {f"judge/{name}": values for name, values in judged.items()}
@@ -98,7 +106,8 @@ def read_images(paths: Sequence[Path]) -> np.ndarray:
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise BenchError(f"{len(missing)} of {len(paths)} images are missing, first {missing[0]}")
-    return np.stack([_read_png(path) for path in paths])
+    with ThreadPoolExecutor(THREADS) as pool:
+        return np.stack(list(pool.map(_read_png, paths)))
 
 
 def _read_png(path: Path) -> np.ndarray:

@@ -190,7 +190,7 @@ class Experiment:
                          self.shared.embeddings())
         pairs = settings.steps * settings.batch_size
         flops = cost.training_flops(self.shared.forward_flops(), pairs, paired=data.losers is not None,
-                                    reference=reference is not None)
+                                    reference=reference is not None, adapter=settings.lora_rank is not None)
         with timed(stage, self.processes, f"iter{iteration}/train", checkpoints.seconds(), pairs=pairs,
                    flops=flops) as folder:
             policy, frozen = self.models(settings, previous, reference)

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from bench import adapters
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5}  # bytes of AdamW's two moments over those of the fp32 weights
 
@@ -62,21 +64,28 @@ def parameter_bytes(module: nn.Module, dtype: str = "fp32") -> int:
 
 def training_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int, *, dtype: str,
                    reference: bool, accumulate: bool, checkpointing: bool = False, optimizer: str = "adamw",
-                   ema: bool = False) -> int:
+                   ema: bool = False, lora_rank: int | None = None) -> int:
     """Peak of one optimizer step: fp32 weights, AdamW's moments, reference, moving average, gradients, activations.
 
     rows: latents in one policy pass, two a pair. accumulate: whether there are several such passes a step, so that
-    all gradients exist beside all activations. The reference is a second fp32 copy, run without gradients.
+    all gradients exist beside all activations. reference: whether it is a second fp32 copy, which an adapter makes
+    superfluous. lora_rank: of the adapter that is trained instead of the weights.
     """
-    weights = parameter_bytes(unet)
-    fixed = int(weights * (1 + MOMENTS[optimizer] + reference + ema))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         twin = type(unet).from_config(unet.config)
+    if lora_rank:
+        adapters.attach(twin, lora_rank, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _replace_parameters(twin)  # by fake ones, which peft could not have handled
+        trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.nbytes for parameter in trained)
+        fixed = (parameter_bytes(twin) + reference * parameter_bytes(unet)
+                 + int(gradients * (MOMENTS[optimizer] + ema)))
         if checkpointing:
             twin.enable_gradient_checkpointing()
             twin.train()
         if accumulate:
-            for parameter in twin.parameters():
+            for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
         inputs = _unet_inputs(unet, latent_shape, tokens, rows, torch.float32)
 
@@ -86,7 +95,7 @@ def training_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens:
             (torch.zeros(rows, *latent_shape) - output.float()).square().mean().backward()
 
         passes = _peak(step, [*twin.parameters(), *twin.buffers()])
-    return fixed + (weights + passes if accumulate else max(weights, passes))
+    return fixed + (gradients + passes if accumulate else max(gradients, passes))
 
 
 def unet_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int, dtype: str) -> int:
@@ -108,6 +117,13 @@ def vae_bytes(vae: ModelMixin, latent_shape: tuple[int, int, int], rows: int, dt
         twin.decode(torch.empty(rows, channels, height, width, dtype=DTYPES[dtype]))
 
     return _without_gradients(vae, dtype, encode), _without_gradients(vae, dtype, decode)
+
+
+def _replace_parameters(module: nn.Module) -> None:
+    """Give a module parameters of the mode that it is called in."""
+    for part in module.modules():
+        for name, old in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(torch.empty(old.shape), requires_grad=old.requires_grad))
 
 
 def _without_gradients(model: ModelMixin, dtype: str, call: Callable[[ModelMixin], object]) -> int:

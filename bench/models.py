@@ -15,10 +15,10 @@ import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from bench.errors import BenchError
+from bench.mini import MINI_WEIGHTS
 from bench.random_weights import is_random, random_folder
 from bench.runs import CACHE
 
-MINI_WEIGHTS = Path(__file__).parent / "mini" / "weights"
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = dict.fromkeys(("safety_checker", "feature_extractor"))
 

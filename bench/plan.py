@@ -103,9 +103,9 @@ class Planner:
     def forward(self) -> int:
         return cost.unet_flops(self.models.unet, self.shape, self.tokens)
 
-    def forward_and_backward(self, checkpointing: bool) -> int:
-        return self.once(checkpointing, lambda: cost.unet_training_flops(
-            self.models.unet, self.shape, self.tokens, checkpointing))
+    def forward_and_backward(self, checkpointing: bool, lora_rank: int | None) -> int:
+        return self.once((checkpointing, lora_rank), lambda: cost.unet_training_flops(
+            self.models.unet, self.shape, self.tokens, checkpointing, lora_rank))
 
     def once(self, key: Hashable, count: Callable[[], int]) -> int:
         """What was counted for this key, counted now if it was not: iterations mostly share their training step."""
@@ -190,17 +190,20 @@ class Planner:
                          pairs * int(np.prod(self.shape)) * FP32, self.dtype)
 
     def train(self, method: str, number: int, steps: int, paired: bool, reference: bool) -> StagePlan:
-        """Policy forward and backward, reference forward; the checkpoint is the UNet in fp32."""
+        """Policy forward and backward, reference forward; the checkpoint is the UNet in fp32.
+
+        A policy whose adapter is on the reference's weights is the reference too, with the adapter off.
+        """
         settings = self.suite.training(method)
-        if settings.lora_rank:
-            self.notes.append(f"{method}: an adapter is planned as if all weights were trained, which is more")
+        own = settings.lora_rank and (number == 1 or registry.method(method).pairing is Pairing.SELF_PLAY)
         samples, images = steps * settings.batch_size, 2 if paired else 1
-        policy = self.forward_and_backward(settings.gradient_checkpointing)
+        policy = self.forward_and_backward(settings.gradient_checkpointing, settings.lora_rank)
         flops = samples * images * (policy + (self.forward if reference else 0))
         micro = min(settings.micro_batch, settings.batch_size)
         peak = self.training_peak(
-            micro * images, dtype=settings.precision, reference=reference, accumulate=settings.batch_size > micro,
-            checkpointing=settings.gradient_checkpointing, optimizer=settings.optimizer, ema=settings.ema is not None)
+            micro * images, dtype=settings.precision, reference=reference and not own,
+            accumulate=settings.batch_size > micro, checkpointing=settings.gradient_checkpointing,
+            optimizer=settings.optimizer, ema=settings.ema is not None, lora_rank=settings.lora_rank)
         return StagePlan(f"{method} {number}: training", samples, "pairs" if paired else "images", flops,
                          self.resident + peak, memory.parameter_bytes(self.models.unet), settings.precision)
 

@@ -19,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from bench.errors import BenchError, UsageError, first_line
+from bench.mini import MINI_WEIGHTS
 from bench.progress import track
 from bench.stages import atomic_write, fingerprint
 from bench.versions import versions
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # "text" and "caption" are what metadata.jsonl files often say
 PROMPT_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompts.csv", "prompts.txt")
-BUNDLED = Path(__file__).parent / "mini" / "weights"
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
 CHUNK = 256  # images in memory at a time, and as many being decoded
 THREADS = 8
@@ -147,7 +147,7 @@ def identity(name: str, options: Mapping[str, Any]) -> str:
     and count as their name.
     """
     weights = options.get("weights", "mini")
-    roots = [BUNDLED] if weights == "mini" else [Path(weights).expanduser()]
+    roots = [MINI_WEIGHTS] if weights == "mini" else [Path(weights).expanduser()]
     if weights != "mini" and os.environ.get("BENCH_WEIGHTS"):
         roots.append(Path(os.environ["BENCH_WEIGHTS"]).expanduser())
     files = [path for root in roots for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from bench import adapters
 from bench.batches import Batch, TrainData, micro_batches, sample_order
 from bench.checkpoint import Checkpoints, load_state, save_state
+from bench.compiled import expect_same_gradients
 from bench.errors import BenchError, UsageError
 from bench.models import load_unet, save_unet
 from bench.progress import track
@@ -124,22 +126,31 @@ class Loop:
         self.watch = Watch(method.name, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
         self.history: list[Row] = []
         self.started, self.earlier = time.perf_counter(), 0.0
+        if settings.compile:
+            self._check_compiler(Denoiser(policy, prediction_type))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
     def _compiled(self, unet: UNet2DConditionModel) -> nn.Module:
         return torch.compile(unet) if self.settings.compile else unet
 
+    def _check_compiler(self, plain: Denoiser) -> None:
+        """Compare the gradients of the first micro-batch with those of the model as it is."""
+        batch = next(self._batches(0))
+
+        def errors(denoiser: nn.Module) -> Tensor:
+            return torch.cat([side for side in denoising_errors(denoiser, batch, self.paired) if side is not None])
+
+        with self.accelerator.no_sync(self.denoiser), self.accelerator.autocast():
+            expect_same_gradients(lambda: errors(self.denoiser), lambda: errors(plain), self.trained,
+                                  self.settings.precision)
+
     def step(self, step: int) -> None:
         """One optimizer step; `step` counts from 0 in this iteration. Never waits for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(step)
-        samples = self._own_samples(self.settings.first_step + step)
-        last = math.ceil(len(samples) / self.settings.micro_batch) - 1
-        batches = micro_batches(self.data, samples, paired=self.paired, seed=self.seed,
-                                step=self.settings.first_step + step, micro_batch=self.settings.micro_batch,
-                                alpha_bar=self.alpha_bar, prompt_dropout=self.settings.prompt_dropout)
-        for number, batch in enumerate(batches):
+        last = math.ceil(len(self._own_samples(step)) / self.settings.micro_batch) - 1
+        for number, batch in enumerate(self._batches(step)):
             # gradients of several processes are exchanged once a step, with the last micro-batch
             with nullcontext() if number == last else self.accelerator.no_sync(self.denoiser):
                 self._accumulate(batch)
@@ -151,11 +162,18 @@ class Loop:
             self.ema.step(self.trained)
         self.signals.steps += 1
 
+    def _batches(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of a step."""
+        settings, number = self.settings, self.settings.first_step + step
+        return micro_batches(self.data, self._own_samples(step), paired=self.paired, seed=self.seed, step=number,
+                             micro_batch=settings.micro_batch, alpha_bar=self.alpha_bar,
+                             prompt_dropout=settings.prompt_dropout)
+
     def _own_samples(self, step: int) -> np.ndarray:
         """This process's slice, by position, of the global batch."""
         size, processes = self.settings.batch_size, self.accelerator.num_processes
         index = self.accelerator.process_index
-        batch = sample_order(self.seed, step * size, size, len(self.data))
+        batch = sample_order(self.seed, (self.settings.first_step + step) * size, size, len(self.data))
         return batch[size * index // processes:size * (index + 1) // processes]
 
     def _accumulate(self, batch: Batch) -> None:

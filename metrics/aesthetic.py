@@ -72,7 +72,7 @@ class Aesthetic(Metric):
             "version": self.version,
             "checkpoint": self.checkpoint,
             "scale": "predicted rating, about 1 to 10",
-            "preprocessing": self.backbone.describe_preprocessing(),
+            "preprocessing": self.backbone.pixels.describe(),
             "truncates": "nothing (the prompt is not read)",
             "precision": self.backbone.describe_precision(),
         }

@@ -14,9 +14,7 @@ from PIL import Image
 from torch import nn
 
 from bench.errors import BenchError, first_line
-
-MINI_WEIGHTS = Path(__file__).resolve().parent.parent / "bench" / "mini" / "weights"
-"""Where the bundled miniature scorers live."""
+from bench.mini import MINI_WEIGHTS
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 """What tells a missing file from a repository on the hub: both may look like `name/name`."""

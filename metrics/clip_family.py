@@ -1,16 +1,15 @@
 """The one way in which CLIP-family scorers load, preprocess and embed.
 
 A backbone is loaded once per process however many metrics use it, a prompt is embedded once however often it
-occurs, and inside `shared_embeddings()` an image goes through each distinct backbone once.
+occurs, and inside `sharing.shared()` an image goes through each distinct backbone once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
-from transformers.image_utils import PILImageResampling
 
 from bench.errors import BenchError, first_line
 from bench.progress import track
@@ -30,10 +28,10 @@ from metrics.base import (
     Published,
     check_lengths,
     find_weights,
-    to_rgb,
     weights_digest,
 )
-from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide
+from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
+from metrics.sharing import once, pixel_batches
 
 H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Holds the tokenizer and image settings of every scorer that was tuned from it: PickScore and HPS v2."""
@@ -53,18 +51,6 @@ class Reading:
 TRANSFORMERS, OPEN_CLIP = Reading(), Reading("open_clip")
 
 _loaded: WeakValueDictionary[tuple[str, str, str, Reading], ClipBackbone] = WeakValueDictionary()
-_shared: dict[tuple[int, int], tuple[Images, Tensor]] | None = None
-
-
-@contextmanager
-def shared_embeddings() -> Iterator[None]:
-    """Within the block, scorers with equal backbones share one pass over the same `images` object."""
-    global _shared
-    outer, _shared = _shared, {}
-    try:
-        yield
-    finally:
-        _shared = outer
 
 
 class ClipBackbone:
@@ -74,15 +60,15 @@ class ClipBackbone:
                  checkpoint: str, device: str = "cpu", reading: Reading = TRANSFORMERS):
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
-        self.processor = processor
         self.device = device
         self.reading = reading
         self.max_tokens = model.config.text_config.max_position_embeddings
         self.checkpoint = f"{checkpoint} ({weights_digest(model)})"
         mean, std = (processor.image_mean, processor.image_std) if processor else (CLIP_MEAN, CLIP_STD)
         size, mean, std = model.config.vision_config.image_size, tuple(mean), tuple(std)
-        self.pixels = {"transformers": None, "open_clip": ShortestSide(size, mean, std),
-                       "hpsv2": LongestSide(size, reading.antialias, mean, std)}[reading.style]
+        self.pixels = {"transformers": lambda: Transformers(processor),
+                       "open_clip": lambda: ShortestSide(size, mean, std),
+                       "hpsv2": lambda: LongestSide(size, reading.antialias, mean, std)}[reading.style]()
 
     @classmethod
     def load(cls, weights: str, bundled: str, device: str = "cpu", processor: str | None = None,
@@ -122,43 +108,20 @@ class ClipBackbone:
 
     def embed_images(self, images: Images, batch_size: int = 32) -> Tensor:
         """Normalised image embeddings: fp32 [N, D] on the CPU."""
-        key = (id(self), id(images))
-        if _shared is not None and key in _shared:
-            return _shared[key][1]
-        embeddings = self._batched(images, batch_size, "embedding images", "image", self._encode_images)
-        if _shared is not None:
-            # The images are kept beside the result so that their id cannot be reused while it is stored.
-            _shared[key] = (images, embeddings)
-        return embeddings
+        return once(self, images, lambda: self._embedded(
+            pixel_batches(images, self.pixels, batch_size, self.device), len(images), "image", self._encode_images))
 
     def embed_texts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Normalised text embeddings: fp32 [N, D] on the CPU; each distinct prompt is encoded once."""
         unique = list(dict.fromkeys(prompts))
         row = {prompt: index for index, prompt in enumerate(unique)}
-        table = self._batched(unique, batch_size, "embedding prompts", "prompt", self._encode_texts)
+        batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
+        table = self._embedded(batches, len(unique), "prompt", self._encode_texts)
         return table[[row[prompt] for prompt in prompts]]
 
     def cosine(self, images: Images, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
         """Cosine of image i and prompt i: fp32 [N]."""
         return (self.embed_images(images, batch_size) * self.embed_texts(prompts)).sum(1)
-
-    def preprocess(self, images: Images) -> Tensor:
-        """Pixels as the image encoder sees them: fp32 [N, 3, S, S]."""
-        if self.pixels is not None:
-            return self.pixels(images)
-        return self.processor(images=[to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
-
-    def describe_preprocessing(self) -> str:
-        """The image preprocessing in words, for the protocol."""
-        if self.pixels is not None:
-            return self.pixels.describe()
-        given = self.processor
-        size = ", ".join(f"{name} {value}" for name, value in dict(given.size).items() if value is not None)
-        crop = dict(given.crop_size)
-        mean, std = ([round(value, 4) for value in row] for row in (given.image_mean, given.image_std))
-        resample = PILImageResampling(given.resample).name.lower()
-        return (f"RGB (alpha dropped), PIL {resample} resize to {size}, "
-                f"centre crop {crop['height']}x{crop['width']}, mean {mean}, std {std}")
 
     def describe_truncation(self) -> str:
         """What is cut off a long prompt, for the protocol."""
@@ -176,8 +139,8 @@ class ClipBackbone:
     def _read(self, prompt: str) -> str:
         return prompt if self.reading.style == "transformers" else open_clip_format.clean(prompt)
 
-    def _encode_images(self, images: Images) -> Tensor:
-        return self.model.get_image_features(self.preprocess(images).to(self.device)).pooler_output
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        return self.model.get_image_features(pixels).pooler_output
 
     def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer([self._read(prompt) for prompt in prompts], padding=True, truncation=True,
@@ -185,12 +148,10 @@ class ClipBackbone:
         return self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
 
     @torch.inference_mode()
-    def _batched(self, items: Images | Sequence[str], size: int, description: str, unit: str,
-                 encode: Callable[[Images | Sequence[str]], Tensor]) -> Tensor:
+    def _embedded(self, batches: Iterable[Any], total: int, unit: str, encode: Callable[[Any], Tensor]) -> Tensor:
         parts = [torch.empty(0, self.model.config.projection_dim)]
-        with track(None, description, total=len(items), unit=unit) as bar:
-            for start in range(0, len(items), size):
-                batch = items[start:start + size]
+        with track(None, f"embedding {unit}s", total=total, unit=unit) as bar:
+            for batch in batches:
                 with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda"):
                     encoded = encode(batch)
                 parts.append(normalize(encoded.float(), dim=-1).cpu())
@@ -218,7 +179,7 @@ class CosineMetric(Metric):
             "version": self.version,
             "checkpoint": self.backbone.checkpoint,
             "scale": self.scale,
-            "preprocessing": self.backbone.describe_preprocessing(),
+            "preprocessing": self.backbone.pixels.describe(),
             "truncates": self.backbone.describe_truncation(),
             "precision": self.backbone.describe_precision(),
         }

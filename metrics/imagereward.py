@@ -18,6 +18,7 @@ from metrics.aesthetic import head_layers, head_sizes
 from metrics.base import Images, Metric, Published, check_lengths, find_weights, weights_digest
 from metrics.open_clip_format import read_checkpoint
 from metrics.pixels import ShortestSide
+from metrics.sharing import pixel_batches
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards on the authors' validation set
 MAX_TOKENS = 35
@@ -76,17 +77,18 @@ class ImageReward(Metric):
         check_lengths(images, prompts)
         scores = [np.empty(0, np.float32)]
         with track(None, "ImageReward", total=len(prompts), unit="image") as bar:
-            for start in range(0, len(prompts), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                scores.append(self._rewards(images[batch], prompts[batch]))
-                bar.update(len(prompts[batch]))
+            starts = range(0, len(prompts), self.batch_size)
+            batches = pixel_batches(images, self.pixels, self.batch_size, self.device)
+            for start, pixels in zip(starts, batches, strict=True):
+                scores.append(self._rewards(pixels, prompts[start:start + self.batch_size]))
+                bar.update(len(pixels))
         return np.concatenate(scores)
 
-    def _rewards(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
+    def _rewards(self, pixels: Tensor, prompts: Sequence[str]) -> np.ndarray:
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS,
                                 return_tensors="pt").to(self.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda"):
-            image = self.network.blip["visual_encoder"](self.pixels(images).to(self.device))
+            image = self.network.blip["visual_encoder"](pixels)
             rewards = self.network(image, tokens.input_ids, tokens.attention_mask)
         return rewards.float().cpu().numpy()
 

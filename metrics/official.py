@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
+from bench.mini import MINI_WEIGHTS
 from metrics import aesthetic, blip, clip_family, hpsv2, imagereward, pickscore
-from metrics.base import MINI_WEIGHTS, Metric, Published
+from metrics.base import Metric, Published
 from metrics.clip import CLIPScore, CLIPScoreL14
 from metrics.open_clip_format import VIT_H_14, VIT_L_14, clip_config
 

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
+from transformers import CLIPImageProcessorPil
+from transformers.image_utils import PILImageResampling
 
 from metrics.base import to_pil, to_rgb
 
@@ -21,6 +23,31 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 AnyImages = Iterable[Image.Image | np.ndarray]
+
+
+class Transformers:
+    """What a checkpoint's own image processor does, on RGB; equal settings are equal pixels."""
+
+    def __init__(self, processor: CLIPImageProcessorPil):
+        self.processor, self.settings = processor, processor.to_json_string()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Transformers) and self.settings == other.settings
+
+    def __hash__(self) -> int:
+        return hash(self.settings)
+
+    def __call__(self, images: AnyImages) -> Tensor:
+        """fp32 [N, 3, S, S]"""
+        return self.processor(images=[to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+
+    def describe(self) -> str:
+        given = self.processor
+        size = ", ".join(f"{name} {value}" for name, value in dict(given.size).items() if value is not None)
+        crop = dict(given.crop_size)
+        resample = PILImageResampling(given.resample).name.lower()
+        return (f"RGB (alpha dropped), PIL {resample} resize to {size}, "
+                f"centre crop {crop['height']}x{crop['width']}, {_statistics(given.image_mean, given.image_std)}")
 
 
 @dataclass(frozen=True)
@@ -101,6 +128,6 @@ def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+def _statistics(mean: Iterable[float], std: Iterable[float]) -> str:
     rounded = [[round(value, 4) for value in row] for row in (mean, std)]
     return f"mean {rounded[0]}, std {rounded[1]}"

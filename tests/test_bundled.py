@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bench import registry
+from bench.mini import MINI_WEIGHTS
 from bench.mini.pools import Pool, pair_pool, pairwise
-from metrics.base import MINI_WEIGHTS
 
 NAMES = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")
 PAIRS = 300

@@ -77,7 +77,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"ema": 0.9, "lr_schedule": "linear", "warmup_steps": 3, "first_step": 100}])
+    {}, {"ema": 0.9, "lr_schedule": "linear", "warmup_steps": 3, "first_step": 100}, {"optimizer": "adamw8bit"}])
 def test_stopped_twice_and_resumed_equals_undisturbed(base, accelerator, tmp_path, dies, changes):
     """Log intervals of 3 straddle checkpoints every 2: sums of a begun interval are part of the state."""
     undisturbed = go(base, accelerator, **changes)

@@ -42,5 +42,6 @@ def test_the_cost_of_a_pair_and_of_an_image():
     sft = training_flops(100, 1, paired=False, reference=False)
     dpo = training_flops(100, 1, paired=True, reference=True)
     assert (sft, dpo) == (300, 800)
+    assert training_flops(100, 1, paired=True, reference=True, adapter=True) == 600
     assert sampling_flops(100, 7, 2, steps=10, guidance=1.0) == 2 * 1007
     assert sampling_flops(100, 7, 2, steps=10, guidance=3.0) == 2 * 2007

@@ -100,14 +100,14 @@ def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
 
 
 def test_equal_images_share_one_pass_of_equal_backbones(monkeypatch):
-    from metrics import clip_family
+    from metrics import sharing
 
     inside = []
 
     class Watching(Brightness):
         def score(self, images, prompts):
-            inside.append(clip_family._shared is not None)
+            inside.append(sharing._made is not None)
             return super().score(images, prompts)
 
     Scorers({"watching": Watching.load()}).score(sampled(), ["a"] * 6)
-    assert inside == [True] and clip_family._shared is None
+    assert inside == [True] and sharing._made is None

@@ -11,10 +11,9 @@ from PIL import Image
 
 from bench.data import drawings, world
 from bench.errors import BenchError
+from bench.mini import MINI_WEIGHTS, pools
 from bench.mini import judge as judging
-from bench.mini import pools
 from bench.mini.judge import OPTIONS, Judge, JudgeNet, train_judge
-from metrics.base import MINI_WEIGHTS
 
 ASKED = "a small red circle to the left of a large blue ring on a navy background"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,12 +17,15 @@ from tiny import make_tokenizer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from bench import evaluate
 from bench.errors import BenchError
 from metrics.aesthetic import Aesthetic, build_head, read_state
 from metrics.base import to_rgb
 from metrics.clip import CLIPScore
-from metrics.clip_family import H14_REPOSITORY, ClipBackbone, shared_embeddings
+from metrics.clip_family import H14_REPOSITORY, ClipBackbone
 from metrics.pickscore import PickScore, PickScoreCosine
+from metrics.pixels import ShortestSide
+from metrics.sharing import in_threads, pixel_batches, shared
 
 SIDE = 16
 PROMPTS = ["a red cat", "at", "a red cat", "", "naïve 猫 " + 40 * "cat "]
@@ -108,7 +112,7 @@ def reference_cosine(folder: Path, images: list[Image.Image], prompts: list[str]
 
 
 def test_preprocessing_is_clips_own(clip_folder, images):
-    pixels = ClipBackbone.load(str(clip_folder), "clip").preprocess(images)
+    pixels = ClipBackbone.load(str(clip_folder), "clip").pixels(images)
     assert pixels.dtype == torch.float32
     np.testing.assert_allclose(pixels, np.stack([reference_pixels(image) for image in images]), atol=1e-6)
 
@@ -164,12 +168,39 @@ def test_equal_backbones_are_loaded_and_run_once(clip_folder, images, tmp_path, 
     assert aesthetic.backbone is backbone
     encode = backbone._encode_images
     monkeypatch.setattr(backbone, "_encode_images", lambda batch: seen.append(len(batch)) or encode(batch))
-    with shared_embeddings():
-        shared = [metric.score(images, PROMPTS) for metric in (clip, aesthetic)]
+    with shared():
+        together = [metric.score(images, PROMPTS) for metric in (clip, aesthetic)]
     assert sum(seen) == len(images)
     alone = [metric.score(images, PROMPTS) for metric in (clip, aesthetic)]
     assert sum(seen) == 3 * len(images)  # outside the block nothing is remembered
-    np.testing.assert_array_equal(shared, alone)
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_scorers_that_read_alike_share_pixels(clip_folder, images, tmp_path, monkeypatch):
+    """Two checkpoints with equal image settings: every image is resized once, whatever the number of chunks."""
+    shutil.copytree(clip_folder, tmp_path / "other")
+    metrics = {name: CLIPScore.load(str(folder)) for name, folder in (("a", clip_folder), ("b", tmp_path / "other"))}
+    assert metrics["a"].backbone is not metrics["b"].backbone
+    alone = metrics["b"].score(images, PROMPTS)
+    resized, read = [], ShortestSide.__call__
+    monkeypatch.setattr(ShortestSide, "__call__", lambda self, batch: resized.append(len(batch)) or read(self, batch))
+    monkeypatch.setattr(evaluate, "CHUNK", 2)
+    scores = evaluate.Scorers(metrics).score(images, PROMPTS)
+    assert sum(resized) == len(images)
+    np.testing.assert_allclose(scores["b"], alone, rtol=1e-5)
+
+
+def test_pixels_made_in_threads_come_in_order_and_errors_come_through():
+    def slow_first(batch):
+        time.sleep(0.05 if batch[0] == 0 else 0)
+        return torch.as_tensor(batch)
+
+    pixels = list(pixel_batches(np.arange(7), slow_first, 2, "meta"))  # a device that has no data, like no other
+    assert [len(batch) for batch in pixels] == [2, 2, 2, 1] and {batch.device.type for batch in pixels} == {"meta"}
+    started = in_threads(slow_first, [np.arange(2), np.arange(2, 4), np.arange(4, 5)])
+    assert [batch.result().tolist() for batch in started] == [[0, 1], [2, 3], [4]]
+    with pytest.raises(BenchError, match="images must be uint8"):
+        list(pixel_batches(np.zeros((3, 8, 8, 3)), ShortestSide(8), 2, "meta"))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from bench.data import drawings, load_prompts, world
-from bench.mini import denoiser, vae
+from bench.mini import MINI_WEIGHTS, denoiser, vae
 from bench.mini.fit import fit
 from bench.mini.text import MAX_LENGTH, build_tokenizer
-from bench.models import MINI_WEIGHTS, load_pipeline
+from bench.models import load_pipeline
 from bench.sample import sample
 
 shipped = pytest.mark.skipif(not (MINI_WEIGHTS / "pipeline").exists(), reason="needs the bundled weights")

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cards, cli, memory, registry
+from bench import adapters, cards, cli, cost, memory, registry
 from bench.batches import sample_order
 from bench.cache import Embeddings
 from bench.experiment import build_method
@@ -38,7 +38,7 @@ def count(call) -> int:
     return counter.get_total_flops()
 
 
-def step(pipe, accelerator, method: str, size: int, micro: int, steps: int = 1):
+def step(pipe, accelerator, method: str, size: int, micro: int, steps: int = 1, lora: int | None = None):
     """Real optimizer steps of the shared loop on random latents, as a call."""
     random, unet = np.random.default_rng(0), pipe.unet
     beta = None if method == "sft" else 100.0
@@ -51,22 +51,29 @@ def step(pipe, accelerator, method: str, size: int, micro: int, steps: int = 1):
 
     context = random.standard_normal((size, tokens, width)).astype(np.float32)
     data = TrainData(latents(), latents() if beta else None, Embeddings(context, np.arange(size), context[0]))
-    settings = TrainSettings(steps=steps, lr=1e-8, batch_size=size, micro_batch=micro)
+    settings = TrainSettings(steps=steps, lr=1e-8, batch_size=size, micro_batch=micro, lora_rank=lora)
 
     def run() -> None:
         policy = copy.deepcopy(unet)
-        reference = copy.deepcopy(unet) if chosen.needs_reference else None
+        if lora:
+            adapters.attach(policy, lora, 0)
+        reference = (policy if lora else copy.deepcopy(unet)) if chosen.needs_reference else None
         train(policy, reference, chosen, data, settings, pipe.scheduler, 0, accelerator)
 
     return run
 
 
-@pytest.mark.parametrize("method", ["spin", "sft"])
-def test_a_training_step_of_the_miniature_costs_what_is_planned(mini, accelerator, method):
-    suite = load_suite("mini", [*NOTHING_SCORED, "train.batch_size=2", "train.micro_batch=1"])
-    planned = Planner(suite, 0).train(method, 1, 1, paired=method != "sft", reference=method != "sft")
-    assert planned.flops == pytest.approx(count(step(mini, accelerator, method, 2, 1)), rel=0.05)
+@pytest.mark.parametrize(("method", "lora"), [("spin", None), ("sft", None), ("spin", 4)])
+def test_a_training_step_of_the_miniature_costs_what_is_planned(mini, accelerator, method, lora):
+    adapter = [f"train.lora_rank={lora}"] if lora else []
+    suite = load_suite("mini", [*NOTHING_SCORED, "train.batch_size=2", "train.micro_batch=1", *adapter])
+    planner, paired = Planner(suite, 0), method != "sft"
+    planned = planner.train(method, 1, 1, paired=paired, reference=paired)
+    real = count(step(mini, accelerator, method, 2, 1, lora=lora))
+    assert planned.flops == pytest.approx(real, rel=0.05)
     assert planned.count == 2
+    after = cost.training_flops(planner.forward, 2, paired=paired, reference=paired, adapter=lora is not None)
+    assert after == pytest.approx(real, rel=0.05)
 
 
 def test_sampling_an_image_of_the_miniature_costs_what_is_planned(mini):
@@ -99,17 +106,18 @@ def test_a_pair_of_stable_diffusion_1_5_costs_what_torch_counts(monkeypatch):
     assert planned.disk_bytes == 859_520_964 * 4
 
 
-@pytest.mark.parametrize(("method", "size", "micro"), [("spin", 4, 4), ("spin", 4, 2), ("sft", 8, 8)])
-def test_peak_memory_of_a_training_step_is_what_torch_allocates(mini, accelerator, method, size, micro):
-    run = step(mini, accelerator, method, size, micro, steps=2)  # AdamW's moments are there from the second on
+@pytest.mark.parametrize(("method", "size", "micro", "lora"),
+                         [("spin", 4, 4, None), ("spin", 4, 2, None), ("sft", 8, 8, None), ("spin", 4, 2, 4)])
+def test_peak_memory_of_a_training_step_is_what_torch_allocates(mini, accelerator, method, size, micro, lora):
+    run = step(mini, accelerator, method, size, micro, steps=2, lora=lora)  # AdamW's moments are there at the second
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     allocated = max(np.cumsum(sizes))
     sides = 1 if method == "sft" else 2
-    planned = memory.training_bytes(mini.unet, (4, 8, 8), 32, micro * sides, dtype="fp32", reference=sides == 2,
-                                    accumulate=size > micro)
+    planned = memory.training_bytes(mini.unet, (4, 8, 8), 32, micro * sides, dtype="fp32",
+                                    reference=sides == 2 and not lora, accumulate=size > micro, lora_rank=lora)
     assert planned == pytest.approx(allocated, rel=0.05)
 
 

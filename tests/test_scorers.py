@@ -70,7 +70,7 @@ def test_training_sees_what_the_metric_sees(folder):
     pool = pair_pool(5, 2, "test")
     tokens = scorers.tokenise(backbone.tokenizer, pool.captions)
     with torch.no_grad():
-        image, text = scorers.embed(backbone.model, backbone.processor, pool.images, tokens, "cpu")
+        image, text = scorers.embed(backbone.model, backbone.pixels.processor, pool.images, tokens, "cpu")
     # Training runs in bf16, so agreement is to its three digits.
     torch.testing.assert_close(image, backbone.embed_images(pool.images), atol=0.02, rtol=0)
     torch.testing.assert_close(text, backbone.embed_texts(pool.captions), atol=0.02, rtol=0)

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench import cli, models, registry, runs
 from bench.errors import BenchError, UsageError
+from bench.mini import MINI_WEIGHTS
 from bench.random_weights import SD15, random_pipeline
 from bench.shared import Shared
 from bench.suites import load_suite
@@ -65,7 +66,7 @@ def test_random_weights_are_made_once_and_the_same_each_time(tmp_path, monkeypat
     folder = models.weights_folder("random:sd15-small")
     assert models.weights_folder("random:sd15-small") == folder and models.resolution(folder) == 512
     pipe = models.load_pipeline(folder)
-    again = random_pipeline("random:sd15-small", models.MINI_WEIGHTS / "pipeline" / "tokenizer")
+    again = random_pipeline("random:sd15-small", MINI_WEIGHTS / "pipeline" / "tokenizer")
     assert torch.equal(pipe.unet.conv_in.weight, again.unet.conv_in.weight.half().float())
     assert pipe.tokenizer("zebra").input_ids[1] < 49408 and pipe.tokenizer.model_max_length == 77
     with pytest.raises(UsageError, match=r"no pipeline 'random:sd51'.*did you mean 'random:sd15'"):

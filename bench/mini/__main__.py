@@ -19,11 +19,11 @@ import torch
 
 from bench.cache import encode_images
 from bench.data import drawings, load_prompts
-from bench.mini import denoiser, rankers, scorers, vae
+from bench.mini import MINI_WEIGHTS, denoiser, rankers, scorers, vae
 from bench.mini.judge import Judge, train_judge
 from bench.mini.pools import Pool, rendered
 from bench.mini.text import build_tokenizer
-from bench.models import MINI_WEIGHTS, load_pipeline
+from bench.models import load_pipeline
 from bench.sample import sample
 from bench.stages import Stage
 

@@ -22,11 +22,12 @@ from torch.nn.functional import cross_entropy
 from bench.data import drawings, world
 from bench.data.drawings import Drawing
 from bench.errors import BenchError, first_line
+from bench.mini import MINI_WEIGHTS
 from bench.mini.fit import fit
 from bench.mini.pools import Pool, RoundTrip, pair_pool, pairwise, rendered, rounded
 from bench.progress import track
 from bench.stages import atomic_write
-from metrics.base import MINI_WEIGHTS, Images, check_lengths, to_rgb, weights_digest
+from metrics.base import Images, check_lengths, to_rgb, weights_digest
 
 MAX_THINGS = 3
 OPTIONS: dict[str, tuple[str, ...]] = {

@@ -63,7 +63,7 @@ def train_hpsv2(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int 
     """
     torch.manual_seed(seed)
     clip = ClipBackbone.load(str(clip_folder), "clip")
-    model, processor = trainable(copy.deepcopy(clip.model), device), clip.processor
+    model, processor = trainable(copy.deepcopy(clip.model), device), clip.pixels.processor
     data = with_round_trips(ranked_pool(seed, rankings), roundtrip, grouped(samples) if samples else None)
     tokens = tokenise(clip.tokenizer, data.captions[0::GROUP])
     def loss(step: int) -> Tensor:

@@ -117,7 +117,7 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
     """
     torch.manual_seed(seed)
     clip = ClipBackbone.load(str(clip_folder), "clip")
-    model, processor = trainable(copy.deepcopy(clip.model), device), clip.processor
+    model, processor = trainable(copy.deepcopy(clip.model), device), clip.pixels.processor
     data = with_round_trips(pair_pool(seed, pairs, "train", rough=True), roundtrip, samples)
     tokens = tokenise(clip.tokenizer, data.captions[0::2])
     chosen = torch.from_numpy(shares(data.utility))

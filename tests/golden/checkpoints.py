@@ -12,8 +12,8 @@ from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTo
 
 from metrics import imagereward
 from metrics.aesthetic import head_layers
-from metrics.clip_family import shared_embeddings
 from metrics.open_clip_format import clip_config
+from metrics.sharing import shared
 
 STORED = json.loads(Path(__file__).with_name("scorers.json").read_text())
 IMAGEREWARD_GAIN = 1.6
@@ -123,7 +123,7 @@ def grid(metric) -> np.ndarray:
     """Every golden picture (rows) with every prompt (columns); each call has pictures and prompts of all kinds."""
     pictures, prompts = inputs.pictures(), inputs.PROMPTS
     scores, rows = np.empty((len(pictures), len(prompts))), np.arange(len(pictures))
-    with shared_embeddings():
+    with shared():
         for shift in range(len(prompts)):
             columns = (rows + shift) % len(prompts)
             scores[rows, columns] = metric.score(pictures, [prompts[column] for column in columns])
