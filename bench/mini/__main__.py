@@ -149,7 +149,7 @@ class Builder:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--install/--no-install", default=True, help="Copy finished weights to --out at the end.")
 def main(stages: tuple[str, ...], work: Path, out: Path, device: str, install: bool) -> None:
-    """Build STAGES (all by default) of the embedded default: about two hours on two CPU cores."""
+    """Build STAGES (all by default) of the embedded default: about three hours on two CPU cores."""
     unknown = [name for name in stages if name not in PLAN]
     if unknown:
         raise click.UsageError(f"unknown stage {unknown[0]}; stages are {', '.join(PLAN)}")
