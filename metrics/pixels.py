@@ -6,7 +6,7 @@ differ with them in the third digit; each is one class here, and says in words w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,8 +64,7 @@ class ShortestSide:
 
     def __call__(self, images: AnyImages) -> Tensor:
         """fp32 [N, 3, size, size]"""
-        return normalised(torch.stack([to_tensor(self._cropped(to_pil(image))) for image in images]),
-                          self.mean, self.std)
+        return normalised(to_tensor([self._cropped(to_pil(image)) for image in images]), self.mean, self.std)
 
     def _cropped(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -73,9 +72,11 @@ class ShortestSide:
         length = int(self.size * long / short)
         shape = (self.size, length) if width <= height else (length, self.size)
         resized = image.resize(shape, Image.Resampling.BICUBIC) if shape != image.size else image
-        # torchvision rounds half to even where transformers rounds down, hence no integer division.
-        left, top = (int(round((side - self.size) / 2)) for side in shape)
-        return resized.crop((left, top, left + self.size, top + self.size)).convert("RGB")
+        if shape != (self.size, self.size):
+            # torchvision rounds half to even where transformers rounds down, hence no integer division.
+            left, top = (int(round((side - self.size) / 2)) for side in shape)
+            resized = resized.crop((left, top, left + self.size, top + self.size))
+        return resized.convert("RGB")
 
     def describe(self) -> str:
         return (f"PIL bicubic resize of the shorter side to {self.size}, centre crop, then RGB (alpha dropped), "
@@ -97,17 +98,18 @@ class LongestSide:
 
     def __call__(self, images: AnyImages) -> Tensor:
         """fp32 [N, 3, size, size]"""
-        return normalised(torch.stack([self._fitted(to_tensor(to_rgb(image))) for image in images]),
-                          self.mean, self.std)
+        converted = [to_rgb(image) for image in images]
+        alike = len({image.size for image in converted}) == 1
+        groups = [converted] if alike else [[image] for image in converted]
+        return normalised(torch.cat([self._fitted(to_tensor(group)) for group in groups]), self.mean, self.std)
 
     def _fitted(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[1:]
+        height, width = pixels.shape[2:]
         scale = self.size / max(height, width)
         # At least one row: the published code fails on images more than twice `size` times as long as wide.
         shape = max(1, round(height * scale)), max(1, round(width * scale))
         if shape != (height, width):
-            pixels = interpolate(pixels[None], shape, mode="bicubic", align_corners=False,
-                                 antialias=self.antialias)[0]
+            pixels = interpolate(pixels, shape, mode="bicubic", align_corners=False, antialias=self.antialias)
         bars = [self.size - side for side in shape]
         left, top = bars[1] // 2, bars[0] // 2
         return pad(pixels, (left, bars[1] - left, top, bars[0] - top))
@@ -118,9 +120,10 @@ class LongestSide:
                 f"{_statistics(self.mean, self.std)}")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as fp32 [3, H, W] in 0 to 1."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as fp32 [N, 3, H, W] in 0 to 1."""
+    values = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return values.permute(0, 3, 1, 2).float().contiguous() / 255
 
 
 def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
