@@ -39,7 +39,11 @@ class Transformers:
 
     def __call__(self, images: AnyImages) -> Tensor:
         """fp32 [N, 3, S, S]"""
-        return self.processor(images=[to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+        given = self.processor
+        pixels = given(images=[to_rgb(image) for image in images], do_rescale=False, do_normalize=False,
+                       return_tensors="pt")["pixel_values"].float()  # image by image these two take most of its time
+        pixels = pixels * given.rescale_factor if given.do_rescale else pixels
+        return normalised(pixels, given.image_mean, given.image_std) if given.do_normalize else pixels
 
     def describe(self) -> str:
         given = self.processor
@@ -98,10 +102,8 @@ class LongestSide:
 
     def __call__(self, images: AnyImages) -> Tensor:
         """fp32 [N, 3, size, size]"""
-        converted = [to_rgb(image) for image in images]
-        alike = len({image.size for image in converted}) == 1
-        groups = [converted] if alike else [[image] for image in converted]
-        return normalised(torch.cat([self._fitted(to_tensor(group)) for group in groups]), self.mean, self.std)
+        fitted = [self._fitted(to_tensor([to_rgb(image)])) for image in images]  # together they would leave the cache
+        return normalised(torch.cat(fitted), self.mean, self.std)
 
     def _fitted(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[2:]
@@ -126,11 +128,11 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     return values.permute(0, 3, 1, 2).float().contiguous() / 255
 
 
-def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(pixels - mean) / std, channel by channel of [N, 3, H, W]."""
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def _statistics(mean: Iterable[float], std: Iterable[float]) -> str:
+def _statistics(mean: Sequence[float], std: Sequence[float]) -> str:
     rounded = [[round(value, 4) for value in row] for row in (mean, std)]
     return f"mean {rounded[0]}, std {rounded[1]}"
