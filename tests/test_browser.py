@@ -54,7 +54,11 @@ def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     root = tmp_path_factory.mktemp("browser")
     seeds = (5775709, 1)
-    runs = load_runs(None, fake_runs.write_all(root / "runs", count=30, images=6, guidance=(3.0,), image_seeds=seeds))
+    metrics = {**fake_runs.METRICS, "imagereward": (-1.2, 0.4, 0.5, 3.0)}
+    written = fake_runs.write_all(
+        root / "runs", count=30, images=6, guidance=(3.0,), image_seeds=seeds, metrics=metrics
+    )
+    runs = load_runs(None, written)
     browser.set_window_size(1280, 900)
     browser.get(pages.write(runs, root / "report.html").as_uri())
     return browser
@@ -148,4 +152,15 @@ def test_a_phone_never_scrolls_sideways(page: Any, tmp_path: Path) -> None:
         page.execute_script("window.scrollTo(0, 0)")
         assert page.execute_script("return document.documentElement.scrollWidth") <= width
         page.save_screenshot(str(tmp_path / f"{width}.png"))
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_scores_stay_under_their_own_picture(page: Any) -> None:
+    wide = """return [...document.querySelectorAll('.row figcaption span')].filter(line => line.offsetParent &&
+        line.scrollWidth > line.closest('figure').clientWidth).map(line => line.textContent)"""
+    for width in (1280, 390):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        assert page.find_elements("css selector", ".row figcaption span")
+        assert page.execute_script(wide) == []
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
