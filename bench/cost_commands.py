@@ -80,8 +80,8 @@ def perf() -> None:
               help="Pairs (SFT: images) per optimizer step, for both.")
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Of ours.  [default: the batch]")
 @click.option("--baseline-micro-batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Optimizer steps in one measurement.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True,
+              help="Optimizer steps in one measurement; each of ours starts with a new optimizer.")
 @repeated
 @measured
 @to_file

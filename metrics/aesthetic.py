@@ -35,14 +35,14 @@ class Aesthetic(Metric):
     bundled: ClassVar[str] = "aesthetic/head.safetensors"
     source: ClassVar[str] = SOURCE
 
-    def __init__(self, backbone: ClipBackbone, head: nn.Module, head_name: str, batch_size: int = 32):
+    def __init__(self, backbone: ClipBackbone, head: nn.Module, head_name: str, batch_size: int = 64):
         self.backbone = backbone
         self.head = head.eval().requires_grad_(False).to(backbone.device)
         self.checkpoint = f"{head_name} ({weights_digest(head)}) on {backbone.checkpoint}"
         self.batch_size = batch_size
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32,
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64,
              backbone: str | None = None) -> Aesthetic:
         """Load a head (`.pth` or `.safetensors` in LAION's layout) and the CLIP it belongs to.
 

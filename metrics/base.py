@@ -43,7 +43,7 @@ class Metric(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> Metric:
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64) -> Metric:
         """Load the model once. `weights`: "mini" (bundled), "official", a path or a Hugging Face repository."""
 
     @abstractmethod

@@ -106,13 +106,16 @@ class TextLayer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden)})
         self.output = Residual(hidden, width, config)
 
-    def forward(self, x: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        x = self.crossattention(self.attention(x, x, mask), image)
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor, image: Tensor) -> Tensor:
+        x = self.crossattention(self.attention(x, text, mask), image)
         return self.output(gelu(self.intermediate["dense"](x)), x)
 
 
 class TextEncoder(nn.Module):
-    """Tokens [B, L] with their mask, read together with image vectors [B, 1 + P, D]: [B, L, W]."""
+    """Tokens [B, L] with their mask, read together with image vectors [B, 1 + P, D]: the first token's vector [B, W].
+
+    The last layer works for that token alone: no score needs what it would make of the others.
+    """
 
     def __init__(self, vocabulary: int, positions: int, width: int, depth: int, image_width: int, hidden: int,
                  config: TextConfig):
@@ -128,9 +131,10 @@ class TextEncoder(nn.Module):
         positions = self.embeddings["position_embeddings"].weight[:tokens.shape[1]]
         x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens) + positions)
         seen = mask.bool()[:, None, None, :]
-        for layer in self.encoder["layer"]:
-            x = layer(x, seen, image)
-        return x
+        *inner, last = self.encoder["layer"]
+        for layer in inner:
+            x = layer(x, x, seen, image)
+        return last(x[:, :1], x, seen, image)[:, 0]
 
 
 def count_layers(state: dict[str, Tensor], prefix: str) -> int:

@@ -24,7 +24,7 @@ class CLIPScore(CosineMetric):
     """Of a checkpoint in open_clip's own format that comes without its configuration."""
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> CLIPScore:
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64) -> CLIPScore:
         backbone = ClipBackbone.load(weights, "clip", device, cls.published.repository, OPEN_CLIP, cls.published,
                                      cls.architecture)
         return cls(backbone, batch_size)

@@ -31,7 +31,7 @@ from metrics.base import (
     weights_digest,
 )
 from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
-from metrics.sharing import once, pixel_batches
+from metrics.sharing import even_batches, once, pixel_batches
 
 H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Holds the tokenizer and image settings of every scorer that was tuned from it: PickScore and HPS v2."""
@@ -106,20 +106,19 @@ class ClipBackbone:
         """The factor by which the model multiplies a cosine: exp of its learned temperature."""
         return self.model.logit_scale.exp().item()
 
-    def embed_images(self, images: Images, batch_size: int = 32) -> Tensor:
+    def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:
         """Normalised image embeddings: fp32 [N, D] on the CPU."""
         return once(self, images, lambda: self._embedded(
             pixel_batches(images, self.pixels, batch_size, self.device), len(images), "image", self._encode_images))
 
-    def embed_texts(self, prompts: Sequence[str], batch_size: int = 256) -> Tensor:
+    def embed_texts(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Normalised text embeddings: fp32 [N, D] on the CPU; each distinct prompt is encoded once."""
-        unique = list(dict.fromkeys(prompts))
+        unique = sorted(dict.fromkeys(prompts), key=len)  # a batch is padded to its longest: like beside like
         row = {prompt: index for index, prompt in enumerate(unique)}
-        batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
-        table = self._embedded(batches, len(unique), "prompt", self._encode_texts)
+        table = self._embedded(even_batches(unique, batch_size), len(unique), "prompt", self._encode_texts)
         return table[[row[prompt] for prompt in prompts]]
 
-    def cosine(self, images: Images, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
+    def cosine(self, images: Images, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Cosine of image i and prompt i: fp32 [N]."""
         return (self.embed_images(images, batch_size) * self.embed_texts(prompts)).sum(1)
 
@@ -166,7 +165,7 @@ class CosineMetric(Metric):
     factor: float = 1.0
     scale: str = "cosine, -1 to 1"
 
-    def __init__(self, backbone: ClipBackbone, batch_size: int = 32):
+    def __init__(self, backbone: ClipBackbone, batch_size: int = 64):
         self.backbone = backbone
         self.batch_size = batch_size
 

@@ -21,7 +21,7 @@ class HPSv2(CosineMetric):
     bundled: ClassVar[str] = "hpsv2/hpsv2.pt"
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32,
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64,
              antialias: bool = True) -> HPSv2:
         """Load a checkpoint in open_clip's format (ViT-H-14, or what `open_clip_config.json` beside it says).
 

@@ -18,7 +18,7 @@ from metrics.aesthetic import head_layers, head_sizes
 from metrics.base import Images, Metric, Published, check_lengths, find_weights, weights_digest
 from metrics.open_clip_format import read_checkpoint
 from metrics.pixels import ShortestSide
-from metrics.sharing import pixel_batches
+from metrics.sharing import even_batches, pixel_batches
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards on the authors' validation set
 MAX_TOKENS = 35
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """Rewards [B] for image vectors [B, 1 + P, D] and tokens [B, L]: (mlp(first text vector) - mean) / std."""
-        read = self.blip["text_encoder"](tokens, mask, image)[:, 0].float()
+        read = self.blip["text_encoder"](tokens, mask, image).float()
         return (self.mlp["layers"](read).squeeze(1) - MEAN) / STD
 
 
@@ -51,7 +51,7 @@ class ImageReward(Metric):
     published = Published("THUDM/ImageReward", "ImageReward.pt", "1.8 GB")
 
     def __init__(self, network: Network, tokenizer: BertTokenizer, checkpoint: str, device: str = "cpu",
-                 batch_size: int = 32):
+                 batch_size: int = 64):
         self.network = network.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.pixels = ShortestSide(network.blip["visual_encoder"].image_size)
@@ -60,7 +60,7 @@ class ImageReward(Metric):
         self.batch_size = batch_size
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> ImageReward:
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64) -> ImageReward:
         """Load `ImageReward.pt` and the `med_config.json` beside it.
 
         BERT's vocabulary is looked for in the same folder, then under the name of its repository.
@@ -77,10 +77,9 @@ class ImageReward(Metric):
         check_lengths(images, prompts)
         scores = [np.empty(0, np.float32)]
         with track(None, "ImageReward", total=len(prompts), unit="image") as bar:
-            starts = range(0, len(prompts), self.batch_size)
             batches = pixel_batches(images, self.pixels, self.batch_size, self.device)
-            for start, pixels in zip(starts, batches, strict=True):
-                scores.append(self._rewards(pixels, prompts[start:start + self.batch_size]))
+            for pixels, asked in zip(batches, even_batches(prompts, self.batch_size), strict=True):
+                scores.append(self._rewards(pixels, asked))
                 bar.update(len(pixels))
         return np.concatenate(scores)
 

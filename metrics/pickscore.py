@@ -15,7 +15,7 @@ class PickScore(CosineMetric):
     published = Published("yuvalkirstain/PickScore_v1", None, "3.9 GB")
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32) -> PickScore:
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64) -> PickScore:
         backbone = ClipBackbone.load(weights, "pickscore", device, H14_REPOSITORY, published=cls.published)
         return cls(backbone, batch_size)
 

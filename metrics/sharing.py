@@ -17,6 +17,7 @@ THREADS = 8
 times what their passes over it need. On a processor the models have the cores."""
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Sequence)
 _made: dict[tuple[Hashable, int], tuple[Images, Any]] | None = None
 
 
@@ -41,9 +42,15 @@ def once(kind: Hashable, images: Images, make: Callable[[], T]) -> T:
     return _made[key][1]
 
 
+def even_batches(items: S, size: int) -> list[S]:
+    """`items` in order, in as few batches of at most `size` as hold them, none much smaller than another."""
+    count = -(-len(items) // size)
+    return [items[len(items) * index // count:len(items) * (index + 1) // count] for index in range(count)]
+
+
 def pixel_batches(images: Images, transform: Callable[[Images], Tensor], size: int, device: str) -> Iterator[Tensor]:
     """`transform` of `size` images at a time, on the device: fp32 [<= size, 3, S, S]."""
-    batches = [images[start:start + size] for start in range(0, len(images), size)]
+    batches = even_batches(images, size)
     if torch.device(device).type == "cpu":
         yield from once((transform, size), images, lambda: [transform(batch) for batch in batches])
     else:

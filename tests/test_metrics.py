@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import make_tokenizer
@@ -25,7 +27,7 @@ from metrics.clip import CLIPScore
 from metrics.clip_family import H14_REPOSITORY, ClipBackbone
 from metrics.pickscore import PickScore, PickScoreCosine
 from metrics.pixels import ShortestSide
-from metrics.sharing import in_threads, pixel_batches, shared
+from metrics.sharing import even_batches, in_threads, pixel_batches, shared
 
 SIDE = 16
 PROMPTS = ["a red cat", "at", "a red cat", "", "naïve 猫 " + 40 * "cat "]
@@ -196,11 +198,19 @@ def test_pixels_made_in_threads_come_in_order_and_errors_come_through():
         return torch.as_tensor(batch)
 
     pixels = list(pixel_batches(np.arange(7), slow_first, 2, "meta"))  # a device that has no data, like no other
-    assert [len(batch) for batch in pixels] == [2, 2, 2, 1] and {batch.device.type for batch in pixels} == {"meta"}
+    assert [len(batch) for batch in pixels] == [1, 2, 2, 2] and {batch.device.type for batch in pixels} == {"meta"}
     started = in_threads(slow_first, [np.arange(2), np.arange(2, 4), np.arange(4, 5)])
     assert [batch.result().tolist() for batch in started] == [[0, 1], [2, 3], [4]]
     with pytest.raises(BenchError, match="images must be uint8"):
         list(pixel_batches(np.zeros((3, 8, 8, 3)), ShortestSide(8), 2, "meta"))
+
+
+@given(count=st.integers(0, 300), size=st.integers(1, 70))
+def test_even_batches_hold_everything_in_order_and_differ_by_one_at_most(count, size):
+    batches = even_batches(range(count), size)
+    assert [item for batch in batches for item in batch] == list(range(count))
+    sizes = {len(batch) for batch in batches}
+    assert len(batches) == -(-count // size) and max(sizes, default=0) - min(sizes, default=0) <= 1
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -39,7 +39,7 @@ class Setting:
     batch_size: int = 32
     micro_batch: int | None = None  # None: all of the batch
     baseline_micro_batch: int = 1
-    steps: int = 1  # optimizer steps in one measurement
+    steps: int = 5  # optimizer steps in one measurement; each of ours starts with a new optimizer
     repeats: int = 5
 
 
