@@ -32,7 +32,7 @@ lint: $(STAMP)
 # and 800 steps (SFT-5). The search of the learning rates is `python -m bench.search`.
 SEEDS ?= 0 1 2
 SFT_LR ?= 3e-4
-DPO = lr: 2e-5, beta: 300
+DPO = lr: 1e-4, beta: 100
 MEASURED := results/measured/mini_comparison.csv
 AGAINST := base SFT-1 SFT-3 SFT-4 SFT-5 Diffusion-DPO-2 Diffusion-DPO-3 SPIN-1 SPIN-2
 measure: $(STAMP)

@@ -1,9 +1,10 @@
-"""`python -m bench.search`: the hyperparameter search of a suite, the same budget for every method.
+"""`python -m bench.search`: the hyperparameter search of a suite, every method until its best lies inside its grid.
 
-Every method may train on the same number of pairs while it searches, and is judged on validation prompts alone: one
-number, the judge's mean utility over the suite's guidance scales. Methods that play against themselves choose their
-settings iteration by iteration, each from the best so far, because their iterations may differ (the paper's do).
-The table of everything tried is the result; the winning settings go into the suite by hand, where they can be read.
+A method is judged on validation prompts alone, by one number: the judge's mean utility over the suite's guidance
+scales. A grid whose best setting lay at its edge was widened there, so that no method loses for want of search; how
+many settings each was given is in the table. Methods that play against themselves choose their settings iteration by
+iteration, each from the best so far, because their iterations may differ (the paper's do). The table of everything
+tried is the result; the winning settings go into the suite by hand, where they can be read.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ VALIDATION = ("evaluation.prompt_sets={validation: {prompts: 'world:validation',
 
 # What is tried: (steps, [(lr, beta), ...]) an iteration. Three times 300 steps for every method.
 GRIDS: dict[str, list[tuple[int, list[tuple[float, float | None]]]]] = {
-    "sft": [(300, [(3e-5, None), (1e-4, None), (3e-4, None)])],
-    "diffusion_dpo": [(300, [(2e-5, 300.0), (2e-5, 1000.0), (5e-5, 1000.0)])],
-    "spin": [(100, [(2e-5, 300.0), (2e-5, 1000.0), (5e-5, 1000.0)]),
-             (100, [(1e-5, 1000.0), (2e-5, 300.0), (2e-5, 1000.0)]),
-             (100, [(5e-6, 1000.0), (1e-5, 1000.0), (2e-5, 1000.0)])],
+    "sft": [(300, [(3e-5, None), (1e-4, None), (3e-4, None), (5e-4, None), (1e-3, None), (3e-3, None)])],
+    "diffusion_dpo": [(300, [(2e-5, 30.0), (1e-4, 30.0),
+                             (1e-5, 100.0), (2e-5, 100.0), (5e-5, 100.0), (1e-4, 100.0), (2e-4, 100.0),
+                             (2e-5, 300.0), (5e-5, 300.0), (1e-4, 300.0), (2e-5, 1000.0), (5e-5, 1000.0)])],
+    "spin": [(100, [(2e-5, 100.0), (5e-5, 100.0), (2e-5, 300.0), (5e-5, 300.0), (2e-5, 1000.0), (5e-5, 1000.0),
+                    (1e-4, 1000.0), (1e-4, 3000.0)]),
+             (100, [(1e-5, 300.0), (2e-6, 1000.0), (5e-6, 1000.0), (1e-5, 1000.0), (5e-6, 3000.0), (1e-5, 3000.0),
+                    (1e-5, 10000.0), (2e-5, 10000.0)]),
+             (100, [(2e-6, 3000.0), (5e-6, 3000.0), (5e-6, 10000.0), (1e-5, 10000.0)])],
 }
 
 
