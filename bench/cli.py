@@ -197,6 +197,8 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
 
     tables.one_of(stat, (*stats.STATS, agreement.STAT), "--stat")
     runs = load.load_runs([Path(name) for name in names] or None)
+    for problem in runs.problems:
+        click.echo(f"note: {problem}", err=True)
     if paper is not None:
         _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
         from reports import paper as papers

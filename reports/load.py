@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import ValidationError
 
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
+from bench.suites import Suite
 
 BASE = "base"
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
@@ -210,9 +212,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
+def _with_defaults(suite: dict) -> dict:
+    """A suite written before a setting existed was run with what is now its default."""
+    try:
+        return Suite.model_validate(suite).model_dump(mode="json")
+    except ValidationError:
+        return suite
+
+
 def _shared(protocol: dict) -> dict[str, Any]:
     """What must be equal in every row of a comparison, flattened to dotted keys."""
-    suite = protocol.get("suite", {})
+    suite = _with_defaults(protocol.get("suite", {}))
     rooms = {
         name: suite.get(name)
         for name in ("model", "data", "train", "opponent", "evaluation", "judge", "metric_options")

@@ -163,3 +163,16 @@ def test_reports_start_without_torch_and_plotting() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_suite_written_before_a_setting_existed_has_its_default(root: Path) -> None:
+    from bench.suites import load_suite
+
+    suite = load_suite("mini").model_dump(mode="json")
+    older = {name: value for name, value in suite["data"].items() if name not in ("flip", "precision")}
+    fake_runs.write_run(root, "spin", change=suite)
+    fake_runs.write_run(root, "sft", change={**suite, "data": older})
+    assert load_runs(None, root).problems == []
+    flipped = {**suite, "data": {**older, "flip": True}}
+    other = fake_runs.write_run(root, "diffusion_dpo", created="2026-11-22", change=flipped)
+    assert [problem.split(":")[0] for problem in load_runs(None, root).problems] == [other.name]
