@@ -62,12 +62,7 @@ class TrainSettings:
 
 
 def make_accelerator(precision: str) -> Accelerator:
-    """An accelerator for a training in "fp32", "bf16" or "fp16" on the best device there is.
-
-    A processor is told to take numbers below 1e-38 for 0: a preference that is won leaves gradients of that size, and
-    a training step on them took ten times as long (and scored the same to the last bit).
-    """
-    torch.set_flush_denormal(True)
+    """An accelerator for a training in "fp32", "bf16" or "fp16" on the best device there is."""
     accelerator = processes.accelerator("no" if precision == "fp32" else precision)
     if precision != "fp32" and not accelerator.native_amp:  # it would train in fp32 without a word
         raise UsageError(f"train.precision={precision} does not run on a {accelerator.device.type}: use bf16 or fp32")

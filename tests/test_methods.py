@@ -107,6 +107,20 @@ def test_swapping_winner_and_loser_turns_the_logit_around(w, l, w_ref, l_ref):  
     assert torch.equal(signals["implicit_accuracy"], 1 - swapped["implicit_accuracy"])
 
 
+def test_a_pair_that_is_won_sends_nothing_back():
+    """Beyond logit 46 the loss stays at 1e-20 and the gradient is 0, not a number too small for fp32."""
+    policy = Errors(torch.tensor([0.1, 0.1], requires_grad=True), torch.tensor([0.12, 0.14]))
+    loss, signals = preference_loss(policy, errors([0.1, 0.1], [0.1, 0.1]), beta=5000)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([math.exp(-46)] * 2, rel=1e-4, abs=0)
+    assert policy.winner.grad.eq(0).all()
+    assert signals["logit"].tolist() == pytest.approx([50, 100], rel=1e-4)
+
+    almost = Errors(torch.tensor([0.1], requires_grad=True), torch.tensor([0.118]))  # logit 45: as ever
+    preference_loss(almost, errors([0.1], [0.1]), beta=5000)[0].sum().backward()
+    assert almost.winner.grad.item() == pytest.approx(2500 * math.exp(-45), rel=1e-3, abs=0)
+
+
 def test_conversion_to_the_other_conventions():
     """On 2x4x4 latents ours, the paper's (summed) and diffusers' (no 0.5) agree as the docstring says."""
     generator = torch.Generator().manual_seed(0)
