@@ -45,7 +45,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--method", help="A method of `bench list methods`, or all: every method of the suite in turn.")
+@click.option("--method", help="A method of `bench list methods`, or a variant that the suite names; all: every "
+              "one of the suite in turn.")
 @click.option("--iters", type=int, help="How many iterations (default: as many as the suite lists). With "
               "--method all this is for self-play; the other methods keep what the suite lists.")
 @click.option("--suite", help="A suite of `bench list suites`, or a YAML file.  [default: mini]")
@@ -84,10 +85,10 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
     else:
         chosen = load_suite(suite or "mini", settings)
         if method is None:
-            raise UsageError(f"--method is missing: all, or one of {', '.join(registry.names('methods'))}")
+            raise UsageError(f"--method is missing: all, or one of {', '.join(chosen.methods)}")
         methods = list(chosen.methods) if method == "all" else [method]
         for name in methods:
-            registry.check("methods", name)
+            registry.check("methods", chosen.kind(name))
             chosen.schedule(name)
         plans = _planned(chosen, methods, seed or 0, iters, only_self_play=method == "all")
         finished = _execute(chosen, plans, mongo, sql)
@@ -98,12 +99,15 @@ def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
              only_self_play: bool) -> list[dict[str, Any]]:
     """Settings of the runs to make, checked as far as is possible before anything is loaded."""
     from bench.experiment import build_method, planned_iterations
+    from methods.base import Pairing
 
     plans = []
     for method in methods:
         count = planned_iterations(method, suite, iters, only_self_play)
         for iteration in suite.schedule(method, count):
-            build_method(method, iteration)
+            built = build_method(suite.kind(method), iteration)
+            if suite.methods[method].opponent and built.pairing is not Pairing.SELF_PLAY:
+                raise UsageError(f"methods.{method}.opponent: {built.name} does not play against itself")
         plans.append({"method": method, "suite": suite, "seed": seed, "iterations": count})
     return plans
 

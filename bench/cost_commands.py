@@ -45,7 +45,7 @@ def plan(suite: str, method: str, iters: int | None, settings: tuple[str, ...], 
     chosen = load_suite(suite, settings)
     methods = list(chosen.methods) if method == "all" else [method]
     for name in methods:
-        registry.check("methods", name)
+        registry.check("methods", chosen.kind(name))
         chosen.schedule(name)
     named = cards.find(card) if card else None
     from bench import plan as planning

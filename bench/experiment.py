@@ -75,7 +75,7 @@ def planned_iterations(method: str, suite: Suite, asked: int | None, only_self_p
     With `only_self_play` a method that does not play against itself keeps what the suite lists.
     """
     listed = len(suite.schedule(method))
-    if only_self_play and registry.method(method).pairing is not Pairing.SELF_PLAY:
+    if only_self_play and registry.method(suite.kind(method)).pairing is not Pairing.SELF_PLAY:
         return listed
     return asked or listed
 
@@ -87,7 +87,7 @@ class Experiment:
         self.run, self.shared, self.suite = run, shared, run.suite
         self.processes = shared.processes
         self.schedule = run.suite.schedule(run.method, run.iterations)
-        self.methods = [build_method(run.method, settings) for settings in self.schedule]
+        self.methods = [build_method(run.suite.kind(run.method), settings) for settings in self.schedule]
         self.scores: list[pd.DataFrame] = []
         self.history: list[pd.DataFrame] = []
         self.done: list[Path] = []
@@ -129,7 +129,7 @@ class Experiment:
 
     def opponent(self, iteration: int, reference: Weights) -> Stage:
         """Let the reference make a loser for every pair this iteration will see; kept as latents."""
-        settings = self.suite.opponent
+        settings = self.suite.opponents(self.run.method)
         pairs = self.pairs_seen(iteration)
         stage = Stage(self.run.folder / "stages" / f"opponent{iteration}", {
             "weights": reference.key, "dtype": self.suite.model.dtype, "data": self.shared.data_key,

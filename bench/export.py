@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from bench import evaluate, models, registry, runs
+from bench import evaluate, models, runs
 from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.runs import Run
@@ -72,9 +72,9 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def model_card(run: Run, iteration: int) -> str:
     """A model card: what was trained on what and how, what it scores against the base, and how to use it."""
-    title = f"{registry.method(run.method).title}, iteration {iteration}, suite {run.suite.name}"
+    title = f"{run.title}, iteration {iteration}, suite {run.suite.name}"
     suite = run.suite
-    evaluation, opponent, train = suite.evaluation, suite.opponent, suite.training(run.method)
+    evaluation, opponent, train = suite.evaluation, suite.opponents(run.method), suite.training(run.method)
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
               "tags": ["diffusion-align-bench", run.method]}
     schedule = [f"| {k} | {settings.steps} | {settings.lr:g} | {settings.beta or ''} |"

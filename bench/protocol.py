@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import cards, registry
+from bench import cards
 from bench.errors import BenchError
 from bench.meter import mfu
 from bench.random_weights import REMARK, is_random
@@ -42,7 +42,7 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "run": run.id,
         "suite": run.suite.model_dump(),
         "method": run.method,
-        "method_title": registry.method(run.method).title,
+        "method_title": run.title,
         "seed": run.seed,
         "iterations": run.iterations,
         "model": model,

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bench import registry
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.stages import atomic_write
 from bench.suites import Suite, stored_suite
@@ -35,6 +36,12 @@ class Run:
     seed: int
     iterations: int
     suite: Suite
+
+    @property
+    def title(self) -> str:
+        """What tables call the method; a variant goes by the name of its entry."""
+        kind = self.suite.kind(self.method)
+        return registry.method(kind).title if kind == self.method else self.method
 
     @property
     def folder(self) -> Path:

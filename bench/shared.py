@@ -99,7 +99,7 @@ class Shared:
     def expect_data_for(self, methods: Sequence[str]) -> None:
         """Refuse methods that the data cannot train."""
         for name in methods:
-            pairing = registry.method(name).pairing
+            pairing = registry.method(self.suite.kind(name)).pairing
             if pairing is Pairing.HUMAN and not self.source.paired:
                 raise UsageError(f"{name} is trained on pairs with a human choice, but {self.suite.data.pairs} has one "
                                  "image a prompt; methods for that are sft and spin")

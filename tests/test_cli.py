@@ -30,6 +30,9 @@ def bench(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "said"), [
     ("run --method spn", "unknown method 'spn' (did you mean 'spin'?); methods: sft, diffusion_dpo, spin"),
+    ("run --method spin-g3", "unknown method 'spin-g3' (did you mean 'spin'?)"),
+    ('run --method x --set methods.x={"method":"spn","iterations":[{"steps":1,"lr":1.0}]}', "unknown method 'spn'"),
+    ("run --method sft --set methods.sft.opponent.steps=3", "methods.sft.opponent: sft does not play against itself"),
     ("run --method spin --set trian.lr=1", "unknown setting 'trian.lr' (did you mean 'train'?"),
     ("run --method spin --set train.batch_size=big", "expected an integer, got 'big'"),
     ("run --method spin --iters 0", "--iters: a run has at least 1 iteration, not 0"),

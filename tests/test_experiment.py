@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_bench
+import yaml
 
 from bench import cli, experiment, registry, runs
 from bench.data import PreferenceData
@@ -214,6 +215,29 @@ def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeyp
     again = scores_of(run.folder)
     monkeypatch.chdir(here)
     pd.testing.assert_frame_equal(again, scores_of(run_of("sft").folder))
+
+
+def test_a_variant_has_a_column_of_its_own_beside_its_method(elsewhere, capsys):
+    """The same settings under another name make the same model; a stronger opponent makes another one."""
+    suite = yaml.safe_load(Path("tiny.yaml").read_text())
+    spin = suite["methods"]["spin"]
+    suite["methods"] |= {"spin-same": {"method": "spin", **spin},
+                         "spin-g3": {"method": "spin", "opponent": {"guidance": 3.0}, **spin}}
+    Path("tiny.yaml").write_text(yaml.safe_dump(suite))
+    for name in ("spin", "spin-same", "spin-g3"):
+        assert bench(f"run --suite tiny.yaml --method {name}") == 0
+    capsys.readouterr()
+    assert bench("table --format json") == 0
+    rows = pd.DataFrame(json.loads(capsys.readouterr().out))
+    assert list(rows["model"].unique()) == ["base", "SPIN-Diffusion", "spin-g3", "spin-same"]
+    values = {name: scores_of(run_of(name).folder).query("method != 'base'")["value"].tolist()
+              for name in ("spin", "spin-same", "spin-g3")}
+    assert values["spin"] == values["spin-same"] != values["spin-g3"]
+    record = json.loads((run_of("spin-g3").folder / "protocol.json").read_text())
+    assert record["method_title"] == "spin-g3"
+    assert record["suite"]["methods"]["spin-g3"]["method"] == "spin"
+    export_run(run_of("spin-g3").id, 1, Path("exported"))
+    assert "(self-play only): 2 ddim steps, guidance 3\n" in Path("exported/README.md").read_text()
 
 
 def test_human_losers_are_read_only_by_methods_on_human_pairs(elsewhere, monkeypatch):

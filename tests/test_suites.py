@@ -35,7 +35,8 @@ def test_shipped_suites_are_valid_and_carry_their_own_name(name):
 def test_every_field_of_the_default_is_in_the_file_so_that_it_can_be_explained_there():
     written = flat(yaml.safe_load(available()["mini"].read_text()))
     resolved = flat(load_suite("mini").model_dump())
-    per_method = {"methods.sft.iterations.0.beta"} | {f"methods.{name}.train" for name in load_suite("mini").methods}
+    per_method = {"methods.sft.iterations.0.beta"} | {
+        f"methods.{name}.{key}" for name in load_suite("mini").methods for key in ("method", "train", "opponent")}
     assert set(resolved) - set(written) == per_method
 
 
@@ -174,3 +175,16 @@ def test_a_method_changes_the_train_section_for_itself_and_no_more():
     assert complaint("methods.sft.train.precision=bf16") == (
         "methods.sft.train.precision: all methods of a suite train in one precision, train.precision")
     assert load_suite("mini", ["methods.sft.train.precision=bf16", "train.precision=bf16"])
+
+
+def test_a_variant_is_an_entry_of_its_own_that_names_its_method():
+    entry = "{method: spin, opponent: {guidance: 3.0}, iterations: [{steps: 1, lr: 1e-3, beta: 10.0}]}"
+    suite = load_suite("mini", [f"methods.spin-g3={entry}"])
+    assert [suite.kind(name) for name in ("spin-g3", "spin", "kto")] == ["spin", "spin", "kto"]
+    assert (suite.opponents("spin-g3").guidance, suite.opponents("spin").guidance) == (3.0, 1.0)
+    assert suite.opponents("spin-g3").steps == suite.opponent.steps
+    assert [settings.steps for settings in suite.schedule("spin-g3")] == [1]
+    assert load_suite("mini").methods["spin"] == suite.methods["spin"]
+    assert "did you mean 'methods.spin.opponent.guidance'?" in complaint("methods.spin.opponent.guidence=3.0")
+    assert "'methods.spin.opponent.steps': expected a value greater" in complaint("methods.spin.opponent.steps=0")
+    assert "methods.a/b: an entry's name becomes part of a folder's name" in complaint(f"methods.a/b={entry}")

@@ -15,6 +15,7 @@ from bench.suites import keys
 
 FOLDER = Path(__file__).parent
 Scheduler = Literal["ddim", "pndm", "ddpm"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class Section(BaseModel):
@@ -90,7 +91,9 @@ class Iteration(Section):
 
 
 class Schedule(Section):
+    method: str | None = None  # whose variant this is, when not the method of the entry's own name
     train: dict[str, Any] = {}
+    opponent: dict[str, Any] = {}
     iterations: list[Iteration] = Field(min_length=1)
 
 
@@ -109,17 +112,25 @@ class Suite(Section):
     metric_options: dict[str, dict[str, Any]] = {}
     methods: dict[str, Schedule] = Field(min_length=1)
 
-    def training(self, method: str) -> Train:
-        """The train section as a method changes it."""
-        return Train.model_validate({**self.train.model_dump(), **self.methods[method].train})
+    def kind(self, entry: str) -> str:
+        """The method that an entry of `methods` runs: the one it names, or the one of its own name."""
+        return (self.methods[entry].method if entry in self.methods else None) or entry
 
-    def schedule(self, method: str, count: int | None = None) -> list[Iteration]:
-        """What a method does in each iteration; beyond the listed ones, the last is repeated."""
-        if method not in self.methods:
-            hint = did_you_mean(method, self.methods)
-            raise UsageError(f"suite '{self.name}' has no settings for method '{method}'{hint}; "
+    def training(self, entry: str) -> Train:
+        """The train section as an entry changes it."""
+        return Train.model_validate({**self.train.model_dump(), **self.methods[entry].train})
+
+    def opponents(self, entry: str) -> Opponent:
+        """The opponent section as an entry changes it."""
+        return Opponent.model_validate({**self.opponent.model_dump(), **self.methods[entry].opponent})
+
+    def schedule(self, entry: str, count: int | None = None) -> list[Iteration]:
+        """What an entry does in each iteration; beyond the listed ones, the last is repeated."""
+        if entry not in self.methods:
+            hint = did_you_mean(entry, self.methods)
+            raise UsageError(f"suite '{self.name}' has no settings for method '{entry}'{hint}; "
                              f"it has {', '.join(self.methods)}")
-        listed = self.methods[method].iterations
+        listed = self.methods[entry].iterations
         count = len(listed) if count is None else count
         return [listed[min(index, len(listed) - 1)] for index in range(count)]
 
@@ -206,16 +217,21 @@ def _validated(settings: dict[str, Any], source: str) -> Suite:
 
 
 def _checked(suite: Suite, source: str) -> Suite:
-    """Refuse what a method may not change in the train section."""
-    for method in suite.methods:
-        try:
-            suite.training(method)
-        except ValidationError as error:
-            place = ("methods", method, "train")
-            problem = error.errors(include_url=False)[0]
-            known = {"methods": {method: {"train": suite.train.model_dump()}}}
-            raise UsageError(source + keys.explain({**problem, "loc": (*place, *problem["loc"])}, known)) from error
-        if suite.training(method).precision != suite.train.precision:
-            raise UsageError(f"{source}methods.{method}.train.precision: all methods of a suite train in one "
+    """Refuse what an entry of `methods` may not change in the train and opponent sections."""
+    for entry in suite.methods:
+        if not NAME.fullmatch(entry):
+            raise UsageError(f"{source}methods.{entry}: an entry's name becomes part of a folder's name: letters, "
+                             "digits, - and _ only")
+        for section, changed in (("train", suite.training), ("opponent", suite.opponents)):
+            try:
+                changed(entry)
+            except ValidationError as error:
+                place = ("methods", entry, section)
+                problem = error.errors(include_url=False)[0]
+                known = {"methods": {entry: {section: getattr(suite, section).model_dump()}}}
+                raise UsageError(source + keys.explain({**problem, "loc": (*place, *problem["loc"])},
+                                                       known)) from error
+        if suite.training(entry).precision != suite.train.precision:
+            raise UsageError(f"{source}methods.{entry}.train.precision: all methods of a suite train in one "
                              "precision, train.precision")
     return suite
