@@ -18,7 +18,7 @@ import pandas as pd
 from bench import runs
 from bench.experiment import Experiment
 from bench.shared import Shared
-from bench.suites import Iteration, Schedule, Suite, load_suite
+from bench.suites import Iteration, Suite, load_suite
 
 VALIDATION = ("evaluation.prompt_sets={validation: {prompts: 'world:validation', limit: 150}}", "metrics=[]")
 
@@ -33,6 +33,11 @@ GRIDS: dict[str, list[tuple[int, list[tuple[float, float | None]]]]] = {
              (100, [(1e-5, 300.0), (2e-6, 1000.0), (5e-6, 1000.0), (1e-5, 1000.0), (5e-6, 3000.0), (1e-5, 3000.0),
                     (1e-5, 10000.0), (2e-5, 10000.0)]),
              (100, [(2e-6, 3000.0), (5e-6, 3000.0), (5e-6, 10000.0), (1e-5, 10000.0)])],
+    "spin-g3": [(100, [(2e-5, 100.0), (5e-5, 100.0), (2e-5, 300.0), (5e-5, 300.0), (2e-5, 1000.0), (5e-5, 1000.0),
+                       (1e-4, 1000.0), (1e-4, 3000.0), (5e-5, 3000.0), (2e-5, 3000.0)]),
+                (100, [(1e-5, 1000.0), (1e-5, 3000.0), (1e-5, 10000.0), (5e-6, 3000.0), (2e-5, 3000.0),
+                       (5e-6, 10000.0), (2e-6, 3000.0), (2e-6, 10000.0), (2e-6, 1000.0), (1e-6, 3000.0)]),
+                (100, [(1e-6, 3000.0), (5e-7, 3000.0), (2e-6, 3000.0), (1e-6, 10000.0)])],
 }
 
 
@@ -54,7 +59,8 @@ def search(method: str, suite: Suite, shared: Shared, seed: int) -> Iterator[dic
 
 def utilities(method: str, suite: Suite, schedule: list[Iteration], shared: Shared, seed: int) -> dict[str, float]:
     """Train the schedule (finished iterations are reused) and return the last model's gain over the base."""
-    tried = suite.model_copy(update={"methods": {method: Schedule(iterations=schedule)}})
+    entry = suite.methods[method].model_copy(update={"iterations": schedule})
+    tried = suite.model_copy(update={"methods": {method: entry}})
     run = runs.Run(f"search-{method}-s{seed}", method, seed, len(schedule), tried)
     Experiment(run, shared).stages(lambda *scalar: None)
     scores = pd.read_parquet(run.folder / "scores.parquet")
@@ -66,7 +72,7 @@ def utilities(method: str, suite: Suite, schedule: list[Iteration], shared: Shar
 
 @click.command()
 @click.argument("methods", nargs=-1)
-@click.option("--suite", default="mini", show_default=True)
+@click.option("--suite", default="mini-measured", show_default=True)
 @click.option("--seed", default=100, show_default=True, help="Training seed: none that the comparison uses.")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("results/search"), show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where the table goes (CSV).")
