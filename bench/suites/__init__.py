@@ -145,7 +145,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(
 
 def available() -> dict[str, Path]:
     """The suites that come with bench, by name."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def load_suite(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Suite:
