@@ -131,16 +131,16 @@ class Scores:
 
     def get(self, table: str, keys: Sequence[str]) -> list[Any]:
         """The value of each key, None where there is none."""
-        query = f"SELECT value FROM {table} WHERE key = ?"
-        rows = [self.database.execute(query, (key,)).fetchone() for key in keys]
-        return [None if row is None else row[0] for row in rows]
+        query = (f"SELECT {table}.value FROM json_each(?) AS asked LEFT JOIN {table} ON {table}.key = asked.value "
+                 "ORDER BY asked.key")
+        return [value for (value,) in self.database.execute(query, (json.dumps(list(keys)),))]
 
     def put(self, table: str, values: Mapping[str, Any]) -> None:
         with self.database:
             self.database.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", values.items())
 
 
-def identity(name: str, options: Mapping[str, Any]) -> str:
+def identity(name: str, options: Mapping[str, Any], made_with: Mapping[str, str]) -> str:
     """What a scorer's numbers depend on, as far as can be told without loading it.
 
     Files are told apart by name, size and time. Weights that are in none of the folders come from the hub's cache
@@ -152,7 +152,7 @@ def identity(name: str, options: Mapping[str, Any]) -> str:
         roots.append(Path(os.environ["BENCH_WEIGHTS"]).expanduser())
     files = [path for root in roots for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]
     state = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return fingerprint([name, dict(options), state, versions(PACKAGES)])
+    return fingerprint([name, dict(options), state, made_with])
 
 
 # --- scoring ---
@@ -179,16 +179,19 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     """
     usable = _hashed(items)
     given = {name: {"device": device, **options.get(name, {})} for name in metrics}
-    who = {name: identity(name, given[name]) for name in metrics}
+    made_with = versions(PACKAGES)
+    who = {name: identity(name, given[name], made_with) for name in metrics}
     with closing(Scores(cache)) as known:
-        keys = {name: [fingerprint([item.digest, item.prompt, who[name]]) for item in usable] for name in metrics}
+        about = [fingerprint([item.digest, item.prompt]) for item in usable]
+        keys = {name: [_key(who[name], item) for item in about] for name in metrics}
         values = {name: known.get("scores", keys[name]) for name in metrics}
         missing = [name for name in metrics if None in values[name]]
         if missing:
             _fill(usable, missing, given, device, who, keys, values, known)
         infos = dict(zip(metrics, known.get("scorers", [who[name] for name in metrics]), strict=True))
-        cut = {name: sum(filter(None, known.get("truncated", [fingerprint([item.prompt, who[name]])
-                                                              for item in usable]))) for name in metrics}
+        prompts = [fingerprint(item.prompt) for item in usable]
+        cut = {name: sum(filter(None, known.get("truncated", [_key(who[name], prompt) for prompt in prompts])))
+               for name in metrics}
     table = pd.DataFrame({"file_name": [item.file_name for item in items],
                           "prompt": [item.prompt for item in items]})
     place = {id(item): row for row, item in enumerate(items)}
@@ -200,9 +203,14 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     table["problem"] = [item.problem for item in items]
     protocol = {"metrics": {name: {**json.loads(infos[name] or "{}"), "truncated_prompts": cut[name]}
                             for name in metrics},
-                "device": device, "versions": versions(PACKAGES), "images": len(items),
+                "device": device, "versions": made_with, "images": len(items),
                 "scored": sum(not item.problem for item in items)}
     return table, protocol
+
+
+def _key(scorer: str, scored: str) -> str:
+    """Where the database keeps what a scorer says of an image with its prompt, or of a prompt."""
+    return f"{scorer}:{scored}"
 
 
 def _fill(usable: Sequence[Item], names: Sequence[str], given: Mapping[str, Mapping[str, Any]], device: str,
@@ -222,7 +230,7 @@ def _fill(usable: Sequence[Item], names: Sequence[str], given: Mapping[str, Mapp
             for (row, _), value in zip(whole, scores[name], strict=True):
                 values[name][row] = float(value)
             known.put("scores", {keys[name][row]: values[name][row] for row, _ in whole})
-            known.put("truncated", {fingerprint([prompt, who[name]]): metric.count_truncated([prompt])
+            known.put("truncated", {_key(who[name], fingerprint(prompt)): metric.count_truncated([prompt])
                                     for prompt in set(prompts)})
 
 
