@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -59,11 +59,10 @@ def collect(folder: Path, prompts: Path | None) -> list[Item]:
     if prompts is None:
         raise UsageError(f"--prompts is missing, and {folder} holds none of {', '.join(PROMPT_FILES)}")
     table = _read_table(prompts)
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.suffix.lower() in IMAGE_SUFFIXES)
+    found = _images_in(folder)
     if not found and "file_name" not in table:
         raise BenchError(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} files in it")
-    items = _by_name(folder, table) if "file_name" in table else _in_order(folder, found, table["prompt"])
+    items = _by_name(folder, table, set(found)) if "file_name" in table else _in_order(folder, found, table["prompt"])
     named = {item.file_name for item in items}
     items += [Item(name, folder / name, "", "no prompt for this image") for name in found if name not in named]
     for item in items:
@@ -72,10 +71,19 @@ def collect(folder: Path, prompts: Path | None) -> list[Item]:
     return items
 
 
-def _by_name(folder: Path, table: pd.DataFrame) -> list[Item]:
+def _images_in(folder: Path) -> list[str]:
+    """The images below a folder, named relative to it, in the order of their names."""
+    found = []
+    for place, _, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        found += [(inside / name).as_posix() for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(found)
+
+
+def _by_name(folder: Path, table: pd.DataFrame, found: Container[str]) -> list[Item]:
     items, seen = [], set()
     for name, prompt in zip(table["file_name"], table["prompt"], strict=True):
-        problem = "" if (folder / name).is_file() else "no such image"
+        problem = "" if name in found or (folder / name).is_file() else "no such image"
         items.append(Item(name, folder / name, prompt, "named twice" if name in seen else problem))
         seen.add(name)
     return items
