@@ -183,6 +183,7 @@ def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
         "id": folder.name,
         "folder": folder,
         "protocol": protocol,
+        "suite": _with_defaults(protocol.get("suite", {})),
         "scores": scores,
         "cost": cost,
         "history": _history(folder, int(protocol["seed"])),
@@ -220,16 +221,22 @@ def _with_defaults(suite: dict) -> dict:
         return suite
 
 
-def _shared(protocol: dict) -> dict[str, Any]:
+def _shared(run: dict) -> dict[str, Any]:
     """What must be equal in every row of a comparison, flattened to dotted keys."""
-    suite = _with_defaults(protocol.get("suite", {}))
     rooms = {
-        name: suite.get(name)
+        name: run["suite"].get(name)
         for name in ("model", "data", "train", "opponent", "evaluation", "judge", "metric_options")
     }
-    rooms["weights"] = protocol.get("model")
-    rooms["judge_network"] = protocol.get("judge")
+    rooms["weights"] = run["protocol"].get("model")
+    rooms["judge_network"] = run["protocol"].get("judge")
     return {key: value for key, value in _flat(rooms).items() if key not in INCIDENTAL}
+
+
+def _own(run: dict) -> dict[str, Any]:
+    """What must be equal in runs of one method: its settings, over the sections of the suite that they change."""
+    entry = run["suite"].get("methods", {}).get(run["protocol"].get("method"), {})
+    changed = {name: {**run["suite"].get(name, {}), **entry.get(name, {})} for name in ("train", "opponent")}
+    return {key: value for key, value in _flat({**entry, **changed}).items() if key not in INCIDENTAL}
 
 
 def _mismatch(run: dict, kept: list[dict]) -> str:
@@ -237,7 +244,7 @@ def _mismatch(run: dict, kept: list[dict]) -> str:
     if not kept:
         return ""
     anchor = kept[0]
-    mine, theirs = _shared(run["protocol"]), _shared(anchor["protocol"])
+    mine, theirs = _shared(run), _shared(anchor)
     different = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
     if different:
         return f"another suite than {anchor['id']}: {_differences(different, mine, theirs)}"
@@ -248,9 +255,7 @@ def _mismatch(run: dict, kept: list[dict]) -> str:
     method = run["protocol"].get("method")
     same = next((k for k in kept if k["protocol"].get("method") == method), None)
     if same:
-        mine, theirs = (
-            _flat(r["protocol"].get("suite", {}).get("methods", {}).get(method, {})) for r in (run, same)
-        )
+        mine, theirs = _own(run), _own(same)
         different = [key for key in mine if key in theirs and mine[key] != theirs[key]]
         if different:
             return f"{method} with other settings than {same['id']}: {_differences(different, mine, theirs)}"

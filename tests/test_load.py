@@ -66,6 +66,16 @@ def test_other_settings_of_a_method_are_not_averaged_with_it(root: Path) -> None
     assert "lr 1.0 against 1e-05" in runs.problems[0]
 
 
+@pytest.mark.parametrize(("section", "key"), [("train", "batch_size"), ("opponent", "guidance")])
+def test_settings_that_only_one_run_of_a_method_changes_set_it_apart(root: Path, section: str, key: str) -> None:
+    iterations = [{"steps": 100, "lr": 1e-5, "beta": 2000.0}]
+    fake_runs.write_run(root, "spin", 0, change={"methods": {"spin": {"iterations": iterations}}})
+    changed = {"spin": {"iterations": iterations, section: {key: 7}}}
+    fake_runs.write_run(root, "spin", 1, change={"methods": changed}, created="2026-11-22")
+    (problem,) = load_runs(None, root).problems
+    assert f"spin with other settings than 20261123-100000-spin-s0: {section}.{key} 7 against" in problem
+
+
 def test_a_repeated_run_gives_way_to_the_newer(root: Path) -> None:
     fake_runs.write_run(root, "sft", name="old", created="2026-11-23T09:00:00")
     fake_runs.write_run(root, "sft", name="new", created="2026-11-23T10:00:00")
