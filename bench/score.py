@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from bench.data.images import IMAGE_SUFFIXES, images_in
 from bench.errors import BenchError, UsageError, first_line
 from bench.mini import MINI_WEIGHTS
 from bench.progress import track
@@ -27,7 +28,6 @@ from bench.versions import versions
 if TYPE_CHECKING:
     from bench.evaluate import Scorers
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # "text" and "caption" are what metadata.jsonl files often say
 PROMPT_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompts.csv", "prompts.txt")
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
@@ -59,7 +59,7 @@ def collect(folder: Path, prompts: Path | None) -> list[Item]:
     if prompts is None:
         raise UsageError(f"--prompts is missing, and {folder} holds none of {', '.join(PROMPT_FILES)}")
     table = _read_table(prompts)
-    found = _images_in(folder)
+    found = images_in(folder)
     if not found and "file_name" not in table:
         raise BenchError(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} files in it")
     items = _by_name(folder, table, set(found)) if "file_name" in table else _in_order(folder, found, table["prompt"])
@@ -69,15 +69,6 @@ def collect(folder: Path, prompts: Path | None) -> list[Item]:
         if not item.problem and not item.prompt:
             item.problem = "empty prompt"
     return items
-
-
-def _images_in(folder: Path) -> list[str]:
-    """The images below a folder, named relative to it, in the order of their names."""
-    found = []
-    for place, _, names in os.walk(folder):
-        inside = Path(place).relative_to(folder)
-        found += [(inside / name).as_posix() for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-    return sorted(found)
 
 
 def _by_name(folder: Path, table: pd.DataFrame, found: Container[str]) -> list[Item]:

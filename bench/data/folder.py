@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from bench.data.images import READING, read_images
+from bench.data.images import IMAGE_SUFFIXES, READING, images_in, read_images
 from bench.data.tables import read_column, read_table
 from bench.errors import BenchError
 from bench.stages import fingerprint
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl", "captions.csv", "prompts.csv")
 
 
@@ -32,10 +31,9 @@ class Folder:
         self.folder, self.resolution = Path(spec).expanduser(), resolution
         if not self.folder.is_dir():
             raise BenchError(f"{spec}: no such folder of images")
-        found = sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")
-                       if path.suffix.lower() in SUFFIXES)
+        found = images_in(self.folder)
         if not found:
-            raise BenchError(f"{spec}: expected {', '.join(SUFFIXES)} files, found none")
+            raise BenchError(f"{spec}: expected {', '.join(IMAGE_SUFFIXES)} files, found none")
         captions = self._captions(found)
         usable = {name: caption for name, caption in captions.items() if caption and name in set(found)}
         lost = [f"{name}: no such image" for name in captions if name not in set(found)]

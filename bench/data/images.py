@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -13,7 +14,18 @@ from PIL import Image, ImageOps
 from bench.errors import first_line
 from bench.shards import BrokenRows
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 READING = "shorter side resized (bilinear), centre crop"  # for the protocol, and part of every cache's name
+
+
+def images_in(folder: Path) -> list[str]:
+    """The images below a folder, named relative to it, in the order of their names."""
+    found = []
+    for place, _, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        found += [(inside / name).as_posix() for name in names
+                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    return sorted(found)
 
 
 def read_image(content: bytes, resolution: int) -> np.ndarray:
