@@ -67,7 +67,7 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
     """
     if iters is not None and iters < 1:
         raise UsageError(f"--iters: a run has at least 1 iteration, not {iters}")
-    from bench import registry, runs
+    from bench import runs
     from bench.suites import load_suite, override
 
     if mongo or sql:
@@ -86,11 +86,7 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
         chosen = load_suite(suite or "mini", settings)
         if method is None:
             raise UsageError(f"--method is missing: all, or one of {', '.join(chosen.methods)}")
-        methods = list(chosen.methods) if method == "all" else [method]
-        for name in methods:
-            registry.check("methods", chosen.kind(name))
-            chosen.schedule(name)
-        plans = _planned(chosen, methods, seed or 0, iters, only_self_play=method == "all")
+        plans = _planned(chosen, chosen.entries(method), seed or 0, iters, only_self_play=method == "all")
         finished = _execute(chosen, plans, mongo, sql)
     _compare(finished, layout)
 
@@ -105,9 +101,9 @@ def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
     for method in methods:
         count = planned_iterations(method, suite, iters, only_self_play)
         for iteration in suite.schedule(method, count):
-            built = build_method(suite.kind(method), iteration)
-            if suite.methods[method].opponent and built.pairing is not Pairing.SELF_PLAY:
-                raise UsageError(f"methods.{method}.opponent: {built.name} does not play against itself")
+            build_method(suite.kind(method), iteration)
+        if suite.methods[method].opponent and suite.method(method).pairing is not Pairing.SELF_PLAY:
+            raise UsageError(f"methods.{method}.opponent: {suite.kind(method)} does not play against itself")
         plans.append({"method": method, "suite": suite, "seed": seed, "iterations": count})
     return plans
 

@@ -39,14 +39,11 @@ def plan(suite: str, method: str, iters: int | None, settings: tuple[str, ...], 
 
     Nothing is trained, sampled or downloaded but small configuration files.
     """
-    from bench import cards, registry
+    from bench import cards
     from bench.suites import load_suite
 
     chosen = load_suite(suite, settings)
-    methods = list(chosen.methods) if method == "all" else [method]
-    for name in methods:
-        registry.check("methods", chosen.kind(name))
-        chosen.schedule(name)
+    methods = chosen.entries(method)
     named = cards.find(card) if card else None
     from bench import plan as planning
 

@@ -75,7 +75,7 @@ def planned_iterations(method: str, suite: Suite, asked: int | None, only_self_p
     With `only_self_play` a method that does not play against itself keeps what the suite lists.
     """
     listed = len(suite.schedule(method))
-    if only_self_play and registry.method(suite.kind(method)).pairing is not Pairing.SELF_PLAY:
+    if only_self_play and suite.method(method).pairing is not Pairing.SELF_PLAY:
         return listed
     return asked or listed
 

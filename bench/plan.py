@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from bench import cost, memory, registry
+from bench import cost, memory
 from bench.architecture import Architecture, architecture
 from bench.batches import sample_order
 from bench.cards import Card
@@ -136,7 +136,7 @@ class Planner:
     def encode(self, methods: Sequence[str]) -> StagePlan:
         """Latents of winners (and losers, where a method reads them) and prompt embeddings, made once."""
         data = self.suite.data
-        human = any(registry.method(self.suite.kind(name)).pairing is Pairing.HUMAN for name in methods)
+        human = any(self.suite.method(name).pairing is Pairing.HUMAN for name in methods)
         images = self.pairs * (2 if human else 1) * (2 if data.flip else 1)
         flops = images * self.coding[0] + self.prompts * cost.text_flops(self.models.text_encoder, self.tokens)
         batch = memory.vae_bytes(self.models.vae, self.shape, min(data.batch_size, self.pairs), self.dtype)[0]
@@ -169,7 +169,7 @@ class Planner:
 
     def training(self, name: str, schedule: Sequence[Iteration]) -> list[StagePlan]:
         """Opponent and training of every iteration of one method."""
-        method, stages, first = registry.method(self.suite.kind(name)), [], 0
+        method, stages, first = self.suite.method(name), [], 0
         for number, iteration in enumerate(schedule, 1):
             if method.pairing is Pairing.SELF_PLAY:
                 stages.append(self.opponent(name, number, first, iteration.steps))
@@ -195,8 +195,7 @@ class Planner:
         A policy whose adapter is on the reference's weights is the reference too, with the adapter off.
         """
         settings = self.suite.training(method)
-        self_play = registry.method(self.suite.kind(method)).pairing is Pairing.SELF_PLAY
-        own = settings.lora_rank and (number == 1 or self_play)
+        own = settings.lora_rank and (number == 1 or self.suite.method(method).pairing is Pairing.SELF_PLAY)
         samples, images = steps * settings.batch_size, 2 if paired else 1
         policy = self.forward_and_backward(settings.gradient_checkpointing, settings.lora_rank)
         flops = samples * images * (policy + (self.forward if reference else 0))

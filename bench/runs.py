@@ -13,7 +13,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bench import registry
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.stages import atomic_write
 from bench.suites import Suite, stored_suite
@@ -40,8 +39,8 @@ class Run:
     @property
     def title(self) -> str:
         """What tables call the method; a variant goes by the name of its entry."""
-        kind = self.suite.kind(self.method)
-        return registry.method(kind).title if kind == self.method else self.method
+        variant = self.suite.kind(self.method) != self.method
+        return self.method if variant else self.suite.method(self.method).title
 
     @property
     def folder(self) -> Path:

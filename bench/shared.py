@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import cost, evaluate, models, pieces, registry
+from bench import cost, evaluate, models, pieces
 from bench.cache import Embeddings, cached_latents, cached_prompts
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
@@ -99,7 +99,7 @@ class Shared:
     def expect_data_for(self, methods: Sequence[str]) -> None:
         """Refuse methods that the data cannot train."""
         for name in methods:
-            pairing = registry.method(self.suite.kind(name)).pairing
+            pairing = self.suite.method(name).pairing
             if pairing is Pairing.HUMAN and not self.source.paired:
                 raise UsageError(f"{name} is trained on pairs with a human choice, but {self.suite.data.pairs} has one "
                                  "image a prompt; methods for that are sft and spin")

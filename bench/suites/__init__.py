@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bench import registry
 from bench.errors import UsageError, did_you_mean
 from bench.suites import keys
+
+if TYPE_CHECKING:
+    from methods.base import Method
 
 FOLDER = Path(__file__).parent
 Scheduler = Literal["ddim", "pndm", "ddpm"]
@@ -115,6 +119,18 @@ class Suite(Section):
     def kind(self, entry: str) -> str:
         """The method that an entry of `methods` runs: the one it names, or the one of its own name."""
         return (self.methods[entry].method if entry in self.methods else None) or entry
+
+    def method(self, entry: str) -> type[Method]:
+        """The class behind an entry."""
+        return registry.method(self.kind(entry))
+
+    def entries(self, asked: str) -> list[str]:
+        """The entries that `--method` asks for, one or all; refuses what is not known or has no settings."""
+        names = list(self.methods) if asked == "all" else [asked]
+        for name in names:
+            registry.check("methods", self.kind(name))
+            self.schedule(name)
+        return names
 
     def training(self, entry: str) -> Train:
         """The train section as an entry changes it."""
@@ -226,12 +242,15 @@ def _checked(suite: Suite, source: str) -> Suite:
             try:
                 changed(entry)
             except ValidationError as error:
-                place = ("methods", entry, section)
-                problem = error.errors(include_url=False)[0]
-                known = {"methods": {entry: {section: getattr(suite, section).model_dump()}}}
-                raise UsageError(source + keys.explain({**problem, "loc": (*place, *problem["loc"])},
-                                                       known)) from error
+                raise UsageError(source + _explained(error, suite, entry, section)) from error
         if suite.training(entry).precision != suite.train.precision:
             raise UsageError(f"{source}methods.{entry}.train.precision: all methods of a suite train in one "
                              "precision, train.precision")
     return suite
+
+
+def _explained(error: ValidationError, suite: Suite, entry: str, section: str) -> str:
+    """What is wrong in a section as an entry changes it."""
+    problem = error.errors(include_url=False)[0]
+    known = {"methods": {entry: {section: getattr(suite, section).model_dump()}}}
+    return keys.explain({**problem, "loc": ("methods", entry, section, *problem["loc"])}, known)
