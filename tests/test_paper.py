@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import fake_runs
+import pandas as pd
 import pytest
 
 from bench.errors import UsageError
@@ -90,6 +91,13 @@ def test_notes_say_what_may_not_be_compared(runs: Runs, tmp_path: Path) -> None:
     notes = " ".join(paper.build(load_runs(None, tmp_path), 1).notes)
     assert "Not measured: HPS, ImageReward; Average is that of Aesthetic and PickScore alone" in notes
     assert "one of 1, not best of 5" in notes
+
+
+def test_a_cell_whose_row_was_inferred_is_not_called_verbatim() -> None:
+    cells = pd.read_csv(FILE, keep_default_na=False, dtype=str)
+    assert set(cells["kind"]) <= {"verbatim", "verbatim (second hand)", "derived"}
+    inferred = cells[cells["source"].str.contains("not named|inferred")]
+    assert len(inferred) and set(inferred["kind"]) == {"derived"}
 
 
 @pytest.mark.parametrize("format", tables.FORMATS)
