@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup run test lint measure
+.PHONY: setup run test lint measure quotes
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
+
+# README.md's and results/measured/README.md's numbers, from the files in results/measured/
+quotes: $(STAMP)
+	$(BIN)/python -m reports.quotes
 
 # Everything is in bench/suites/mini-measured.yaml but this: all 500 test prompts, and no others. The search of the settings
 # is `python -m bench.search`.

@@ -6,6 +6,7 @@ renders them again and compares, so that a digit in a text that no file in resul
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from functools import cached_property
@@ -74,6 +75,18 @@ class Quotes:
         own = rows[(rows["stat"] == "mean") & (rows["against"] == "") & (rows["guidance"] == guidance)
                    & (rows["metric"] == metric)]
         return str(own.loc[own["value"].idxmax(), "model"])
+
+    @cached_property
+    def protocols(self) -> list[dict[str, Any]]:
+        """The protocol of every run behind the comparison, with what it cost."""
+        return json.loads((self.folder / "mini_comparison.protocols.json").read_text("utf-8"))
+
+    def cost(self, method: str, what: str) -> float:
+        """A sum of cost.json (train_flops, sample_flops, pairs_seen) of a method's runs, mean over seeds."""
+        found = [run["cost"][what] for run in self.protocols if run["method"] == method]
+        if not found:
+            raise BenchError(f"mini_comparison.protocols.json has no run of {method}")
+        return sum(found) / len(found)
 
     def seeds(self) -> int:
         """Training seeds behind every trained model; all must have the same number."""
