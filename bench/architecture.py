@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench import models
 from bench.errors import BenchError, first_line
+from bench.hub import is_hub_id
 from bench.random_weights import PREFIX, configurations, is_random
 from bench.sample import latent_shape
 
@@ -47,16 +48,12 @@ def architecture(weights: str) -> Architecture:
     if is_random(weights) or weights in SD15_NAMES:
         configs = configurations(weights if is_random(weights) else PREFIX)
     else:
-        folder = models.weights_folder(weights) if _is_local(weights) else _hub_configs(weights)
+        folder = _hub_configs(weights) if is_hub_id(weights) else models.weights_folder(weights)
         configs = {part: _read(folder / part / "config.json") for part in PARTS}
     with torch.device("meta"):
         return Architecture(UNet2DConditionModel.from_config(configs["unet"]),
                             AutoencoderKL.from_config(configs["vae"]),
                             CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
-
-
-def _is_local(weights: str) -> bool:
-    return weights == "mini" or weights.count("/") != 1 or weights[0] in "./~" or Path(weights).exists()
 
 
 def _hub_configs(weights: str) -> Path:

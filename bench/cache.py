@@ -17,7 +17,6 @@ from bench.shards import ALONE, Rows, Share, Store, ahead
 from bench.stages import fingerprint
 
 LAYOUT = 2  # raise when the files or their meaning change, so that older caches are not read
-PRECISIONS = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
         return np.stack([encode_image_batch(vae, side) for side in (images, images[:, :, ::-1])], axis=1)
 
     store = Store(root, "latents", {"layout": LAYOUT, "flip": flip, **made_from}, count,
-                  (2, *shape) if flip else shape, PRECISIONS[precision])
+                  (2, *shape) if flip else shape, np.dtype(f"float{precision[2:]}"))
     store.fill(fetch, encode, batch_size, "encoding images", share)
     return store.read()
 
@@ -96,7 +95,7 @@ def cached_prompts(root: Path, made_from: dict[str, Any], pipe: StableDiffusionP
     unique, index = _distinct(prompts)
     null = encode_prompt_batch(pipe, [""])[0]
     made_from = {"layout": LAYOUT, **made_from, "prompts": fingerprint(unique)}
-    store = Store(root, "prompts", made_from, len(unique), null.shape, PRECISIONS[precision])
+    store = Store(root, "prompts", made_from, len(unique), null.shape, np.dtype(f"float{precision[2:]}"))
     store.fill(lambda rows: [unique[row] for row in rows], lambda texts: encode_prompt_batch(pipe, texts),
                batch_size, "encoding prompts", share)
     return Embeddings(store.read(), index, null)

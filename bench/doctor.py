@@ -21,6 +21,7 @@ from bench.cards import recognise
 from bench.data import load_prompts
 from bench.data.prompts import PUBLISHED
 from bench.errors import BenchError
+from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 from bench.plan import Plan, plan
 from bench.suites import Suite
@@ -131,7 +132,7 @@ def model_files(suite: Suite) -> Iterator[File]:
         yield File("model", weights, "made when it is first used", "")
         return
     root = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
-    is_hub = not root.exists() and weights.count("/") == 1 and not weights.startswith((".", "/", "~"))
+    is_hub = is_hub_id(weights)
     fix = (f"download {weights} from the hub (huggingface-cli download {weights}), or name a folder with "
            "--set model.weights=FOLDER" if is_hub else f"expected in {root}")
     for part in models.COMPONENTS:
@@ -164,7 +165,7 @@ def _data(purpose: str, spec: str, source: str) -> File:
     if not source:
         return File(purpose, spec, "comes with bench", "")
     path = Path(source).expanduser()
-    if not path.exists() and source.count("/") == 1 and source[0] not in "./~":
+    if is_hub_id(source):
         from huggingface_hub.constants import HF_HUB_CACHE
 
         name = source.partition("@")[0]

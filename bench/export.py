@@ -17,7 +17,7 @@ from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.runs import Run
 from bench.sample import sample
-from bench.stages import atomic_write
+from bench.stages import atomic_write, temporary
 
 
 def export_run(name: str, iteration: int | None, output: Path) -> Path:
@@ -59,15 +59,15 @@ def new_folder(output: Path) -> Iterator[Path]:
     """A folder that appears whole at `output`; an existing one with anything in it is left alone."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"{output} exists and is not empty; name a new folder")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    unfinished = temporary(output)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, output)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.replace(unfinished, output)
     except OSError as error:
         raise BenchError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def model_card(run: Run, iteration: int) -> str:

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench import adapters
+from bench.models import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5}  # bytes of AdamW's two moments over those of the fp32 weights
 
 

@@ -14,11 +14,14 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from bench.errors import BenchError
+from bench.errors import BenchError, first_line
+from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 from bench.random_weights import is_random, random_folder
 from bench.runs import CACHE
+from bench.stages import temporary
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 UNUSED = dict.fromkeys(("safety_checker", "feature_extractor"))
 
@@ -35,7 +38,7 @@ def load_pipeline(weights: str | Path, device: str | torch.device = "cpu",
         pipe = StableDiffusionPipeline.from_pretrained(
             folder, local_files_only=True, requires_safety_checker=False, **UNUSED)
     except Exception as error:
-        reason = _one_line(error)
+        reason = first_line(error)
         raise BenchError(f"{weights} does not load as a StableDiffusionPipeline: {reason}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.to(memory_format=torch.channels_last)  # a third less time for its large convolutions, on a CPU too
@@ -51,7 +54,7 @@ def weights_folder(weights: str | Path) -> Path:
     if is_random(weights):
         return random_folder(str(weights), CACHE, MINI_WEIGHTS / "pipeline" / "tokenizer")
     folder = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
-    if not folder.exists() and str(weights).count("/") == 1 and not str(weights).startswith((".", "/", "~")):
+    if is_hub_id(str(weights)):
         return _hub_folder(str(weights))
     index = _read_config(folder / "model_index.json", "a diffusers pipeline folder")
     _expect_class(weights, index, StableDiffusionPipeline)
@@ -92,19 +95,19 @@ def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet2DC
     try:
         return UNet2DConditionModel.from_pretrained(folder, local_files_only=True).to(dtype)
     except Exception as error:
-        raise BenchError(f"{folder} does not load as a UNet2DConditionModel: {_one_line(error)}") from error
+        raise BenchError(f"{folder} does not load as a UNet2DConditionModel: {first_line(error)}") from error
 
 
 def save_unet(unet: UNet2DConditionModel, folder: str | Path) -> None:
     """Save a UNet in diffusers format; `folder` appears whole or not at all."""
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    unfinished = temporary(folder)
     try:
-        unet.save_pretrained(temporary)
+        unet.save_pretrained(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        os.replace(unfinished, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _hub_folder(weights: str) -> Path:
@@ -115,7 +118,7 @@ def _hub_folder(weights: str) -> Path:
     except BenchError:
         raise
     except Exception as error:
-        raise BenchError(f"{weights}: no such folder, and the hub failed: {_one_line(error)}") from error
+        raise BenchError(f"{weights}: no such folder, and the hub failed: {first_line(error)}") from error
 
 
 def _read_config(path: Path, expected: str) -> dict[str, Any]:
@@ -133,8 +136,3 @@ def _expect_class(weights: str | Path, config: dict[str, Any], expected: type) -
     found = config.get("_class_name", "no _class_name")
     if found != expected.__name__:
         raise BenchError(f"{weights}: expected a {expected.__name__}, found {found}")
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

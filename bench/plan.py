@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from bench import cost, memory
+from bench import cost, memory, models
 from bench.architecture import Architecture, architecture
 from bench.batches import sample_order
 from bench.cards import Card
@@ -143,7 +143,7 @@ class Planner:
         embedding = self.tokens * self.models.unet.config.cross_attention_dim
         stored = images * int(np.prod(self.shape)) + self.prompts * embedding
         return StagePlan("encode", images, "images", flops, self.resident + batch,
-                         stored * memory.DTYPES[data.precision].itemsize, self.dtype)
+                         stored * models.DTYPES[data.precision].itemsize, self.dtype)
 
     @property
     def pairs(self) -> int:

@@ -36,7 +36,6 @@ from bench.suites import Suite
 from methods.base import Pairing
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Weights(NamedTuple):
@@ -64,7 +63,7 @@ class Shared:
             require_packages(settings.optimizer, settings.lora_rank)
         self.accelerator = make_accelerator(suite.train.precision)
         self.processes = Processes(self.accelerator)
-        self.dtype = DTYPES[suite.model.dtype]
+        self.dtype = models.DTYPES[suite.model.dtype]
         data = suite.data
         with self.processes.main_first():
             folder = models.weights_folder(suite.model.weights)

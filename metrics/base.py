@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from bench.errors import BenchError, first_line
+from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
@@ -108,7 +109,7 @@ def find_weights(weights: str, bundled: str, published: Published | None = None)
             return str(candidate.resolve())
     if published is not None and weights == published.file:
         return _from_hub(published, candidates)
-    if weights.count("/") == 1 and weights[0] not in "./~" and Path(weights).suffix not in FILE_SUFFIXES:
+    if is_hub_id(weights):
         return weights
     raise BenchError(f"weights '{weights}' not found; looked at {', '.join(map(str, candidates))}; {fix}")
 

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
+from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 from metrics import aesthetic, blip, clip_family, hpsv2, imagereward, pickscore
 from metrics.base import Metric, Published
@@ -87,8 +88,7 @@ def needed(metric: type[Metric], weights: str) -> list[Found]:
                       path if path.is_file() else None) for path in files]
     official = FILES.get(metric.name) or tuple(filter(None, [metric.published]))
     if weights != "official":
-        is_repository = weights.count("/") == 1 and weights[0] not in "./~"
-        own = Published(weights, None, "") if is_repository else Published("", weights, "")
+        own = Published(weights, None, "") if is_hub_id(weights) else Published("", weights, "")
         official = (own, *official[1:])
     first = locate(official[0]) if official else None
     folder = first if first is None or first.is_dir() else first.parent

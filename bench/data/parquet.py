@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.errors import BenchError, first_line
+from bench.hub import is_hub_id
 from bench.stages import fingerprint
 
 SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")  # Pick-a-Pic's
@@ -33,7 +34,7 @@ class Shards:
             self.files: Any = fsspec.filesystem("file")
             found = {file.relative_to(path).as_posix(): str(file) for file in sorted(path.rglob("*.parquet"))}
             self.paths = [str(path)] if path.is_file() else _of_split(source, split, found)
-        elif source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        elif is_hub_id(source):
             self.files, found = _on_the_hub(source)
             self.paths = _of_split(source, split, found)
         else:

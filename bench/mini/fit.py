@@ -12,6 +12,7 @@ import torch
 
 from bench.errors import BenchError
 from bench.progress import track
+from bench.stages import temporary
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -66,10 +67,10 @@ def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: flo
 
 def _save(path: Path, steps: int, step: int, model, optimizer, average) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    unfinished = temporary(path)
     torch.save({"steps": steps, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "average": average.state_dict() if average is not None else None}, temporary)
-    os.replace(temporary, path)
+                "average": average.state_dict() if average is not None else None}, unfinished)
+    os.replace(unfinished, path)
 
 
 def _restore(path: Path, steps: int, model, optimizer, average) -> int:

@@ -13,7 +13,6 @@ from bench import cost, models
 from bench.data import load_prompts
 from bench.perf import compared, interleave, protocol
 from bench.sample import SCHEDULERS, latent_shape, sample
-from bench.shared import DTYPES
 
 SEED = 5775709
 
@@ -34,7 +33,7 @@ class Setting:
 def measure(setting: Setting) -> dict[str, Any]:
     """One row a guidance scale: images per second of both, and the ratio."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = models.load_pipeline(setting.model, device, DTYPES[setting.precision])
+    pipe = models.load_pipeline(setting.model, device, models.DTYPES[setting.precision])
     prompts = load_prompts(setting.prompts, setting.images).prompts
     rows = [_measure(pipe, prompts, guidance, setting, device) for guidance in setting.guidance]
     return {"protocol": protocol(

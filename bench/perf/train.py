@@ -21,7 +21,6 @@ from bench.perf.baseline import Baseline, Recipe
 from bench.progress import quiet
 from bench.recipe import TrainSettings, make_accelerator
 from bench.sample import latent_shape
-from bench.shared import DTYPES
 from bench.suites import Iteration
 from bench.train import TrainData, train
 from methods.base import Method, Pairing
@@ -46,7 +45,7 @@ class Setting:
 def measure(setting: Setting) -> dict[str, Any]:
     """One row a method: rates of ours, of the baseline and of the floor, and their ratios."""
     accelerator = make_accelerator(setting.precision)
-    device, dtype = accelerator.device, DTYPES[setting.precision]
+    device, dtype = accelerator.device, models.DTYPES[setting.precision]
     pipe = models.load_pipeline(setting.model, device, dtype)
     rows = [_measure(name, setting, pipe, accelerator) for name in setting.methods]
     micro = setting.micro_batch or setting.batch_size
@@ -63,7 +62,7 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, accelerator: Accelerator) -> dict[str, Any]:
     method = build_method(name, Iteration(steps=1, lr=LR, beta=None if _is_sft(name) else BETA))
-    paired, device, dtype = method.pairing is not Pairing.WINNER, accelerator.device, DTYPES[setting.precision]
+    paired, device, dtype = method.pairing is not Pairing.WINNER, accelerator.device, models.DTYPES[setting.precision]
     images, prompts = _batch(pipe, setting.batch_size, sides=2 if paired else 1)
     work = {"ours": _ours(method, setting, pipe, images, prompts, accelerator),
             "baseline": _baseline(paired, setting, pipe, images, prompts, dtype),
