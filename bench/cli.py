@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench import __version__, cost_commands, processes
+from bench import __version__, cost_commands, processes, search_commands
 from bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -342,6 +342,7 @@ def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: 
 cli.add_command(cost_commands.plan)
 cli.add_command(cost_commands.perf)
 cli.add_command(cost_commands.doctor)
+cli.add_command(search_commands.search)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

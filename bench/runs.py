@@ -112,7 +112,7 @@ def finished(folder: Path) -> bool:
 def comparable(run: Run) -> list[Run]:
     """The finished runs of the same suite and seed, whatever their method."""
     def room(other: Run) -> tuple[int, Suite]:
-        return other.seed, other.suite.model_copy(update={"methods": {}})
+        return other.seed, other.suite.model_copy(update={"methods": {}, "search": None})
 
     return [other for identity in ids() if finished(RUNS / identity)
             and room(other := load(identity)) == room(run)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -101,6 +101,17 @@ class Schedule(Section):
     iterations: list[Iteration] = Field(min_length=1)
 
 
+class Search(Section):
+    """How `bench search` seeks the settings of `methods`; no run depends on it."""
+
+    seeds: list[int] = Field(min_length=2)  # of training: none that a comparison uses
+    prompts: str
+    limit: int | None = Field(None, ge=1)
+    metric: str
+    grids: dict[str, list[dict[str, Annotated[list[Any], Field(min_length=1)]]]]  # by entry, one an iteration
+    ends: dict[str, Literal["low", "high"]] = {}  # natural ends of later iterations' settings
+
+
 class Suite(Section):
     """A whole suite. `bench/suites/mini.yaml` explains every field."""
 
@@ -115,6 +126,7 @@ class Suite(Section):
     judge: str | None = None
     metric_options: dict[str, dict[str, Any]] = {}
     methods: dict[str, Schedule] = Field(min_length=1)
+    search: Search | None = Field(None, exclude=True)  # not among the settings that a run keeps
 
     def kind(self, entry: str) -> str:
         """The method that an entry of `methods` runs: the one it names, or the one of its own name."""
@@ -203,7 +215,9 @@ def stored_suite(settings: dict[str, Any]) -> Suite:
 
 def override(suite: Suite, overrides: list[str] | tuple[str, ...]) -> Suite:
     """Apply `KEY=VALUE` settings to a suite and check the result."""
-    known, tree = suite.model_dump(), suite.model_dump()
+    search = {} if suite.search is None else {"search": suite.search.model_dump()}
+    known = {**suite.model_dump(), **search}
+    tree = copy.deepcopy(known)
     typed = []
     for item in overrides:
         key, equals, text = item.partition("=")

@@ -1,0 +1,127 @@
+"""What was found: the best setting of an iteration, how far it is ahead, and the table of everything tried."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from optuna.trial import FrozenTrial
+from scipy import stats
+
+from bench.search import grids
+from bench.search.grids import Setting
+from bench.search.queue import Cell
+from reports.stats import LEVEL, estimates
+
+FIRST = ["entry", "iteration"]
+LAST = ["seed", "pairs", "utility", "gain"]
+END = ["after", "identity"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best setting of an iteration by its mean over seeds, beside the next best."""
+
+    best: Setting
+    utility: float
+    gain: float  # over the base model
+    runner_up: Setting | None
+    gap: tuple[float, float, float]  # low, high, value of best minus runner-up
+    paired: bool  # whether the gap's interval is over prompts and seeds, or, for want of scores, over seeds alone
+    edges: dict[str, grids.Edge]  # where the grid must grow before this may be called chosen
+
+    @property
+    def told_apart(self) -> bool:
+        return self.gap[0] > 0
+
+
+def best(tried: Sequence[Setting], seeds: Sequence[int], done: Mapping[Cell, FrozenTrial]) -> list[Setting]:
+    """The settings that every seed has tried, best first; of equal ones that which the grid names first."""
+    whole = [setting for setting in tried if all(Cell(grids.text(setting), seed) in done for seed in seeds)]
+    return sorted(whole, key=lambda setting: -_mean(trials_of(setting, seeds, done)))
+
+
+def trials_of(setting: Setting, seeds: Sequence[int], done: Mapping[Cell, FrozenTrial]) -> list[FrozenTrial]:
+    return [done[Cell(grids.text(setting), seed)] for seed in seeds]
+
+
+def _mean(trials: Sequence[FrozenTrial]) -> float:
+    return float(np.mean([trial.value for trial in trials]))
+
+
+def choose(tried: Sequence[Setting], seeds: Sequence[int], done: Mapping[Cell, FrozenTrial],
+           grid: Mapping[str, Sequence[Any]], ends: Mapping[str, grids.Side]) -> Choice | None:
+    """The choice among settings; None while one of them is not done with every seed."""
+    ranked = best(tried, seeds, done)
+    if len(ranked) < len(tried):
+        return None
+    first = trials_of(ranked[0], seeds, done)
+    low, high, value, paired = gap(first, trials_of(ranked[1], seeds, done)) if len(ranked) > 1 else (0, 0, 0, True)
+    return Choice(ranked[0], _mean(first), float(np.mean([trial.user_attrs["gain"] for trial in first])),
+                  ranked[1] if len(ranked) > 1 else None, (low, high, value), paired,
+                  grids.edges(grid, ranked[0], ends))
+
+
+def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> tuple[float, float, float, bool]:
+    """Low, high and value of the difference of two settings, each `[seeds]`, and whether prompts are paired too.
+
+    Trials that came without scores of prompts leave a t interval over the differences of the seeds.
+    """
+    scores = [[trial.user_attrs.get("prompts") for trial in trials] for trials in (mine, theirs)]
+    if None not in scores[0] + scores[1]:
+        low, high, value = estimates((np.array(scores[0]) - np.array(scores[1]))[None])
+        return float(low[0]), float(high[0]), float(value[0]), True
+    differences = np.array([a.value - b.value for a, b in zip(mine, theirs, strict=True)])
+    with warnings.catch_warnings():  # equal differences have no spread, and this interval no width
+        warnings.simplefilter("ignore")
+        found = stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)
+    value = float(differences.mean())
+    low, high = (value if np.isnan(end) else float(end) for end in found)
+    return low, high, value, False
+
+
+def verdict(place: str, choice: Choice, metric: str, count: str) -> str:
+    """One iteration's choice in one line, with what is not known about it."""
+    chosen = "best so far" if choice.edges else "chosen"
+    line = (f"{place}: {chosen} {grids.text(choice.best)}: {metric} {choice.utility:.4f}, {choice.gain:+.4f} over the "
+            f"base; {count}")
+    if choice.runner_up is not None:
+        low, high, value = choice.gap
+        over = "prompts and seeds" if choice.paired else "seeds alone"
+        line += (f"; ahead of {grids.text(choice.runner_up)} by {value:.4f} [{low:.4f}, {high:.4f}] (over {over})"
+                 f"{'' if choice.told_apart else ', not told apart from this runner-up'}")
+    return line + (f"; NOT CHOSEN: {widening(choice)}" if choice.edges else "")
+
+
+def widening(choice: Choice) -> str:
+    """What to add to a grid whose best setting lies at an end of it."""
+    return "the best lies at the edge of its grid, " + " and ".join(
+        f"{name}={grids.digits(choice.best[name])} is the {edge.side}est (add {grids.digits(edge.further)})"
+        for name, edge in choice.edges.items())
+
+
+def yaml_lines(chosen: Mapping[str, Sequence[Setting]]) -> str:
+    """The lines that put what was chosen into the suite."""
+    lines = ["methods:"]
+    for entry, settings in chosen.items():
+        lines += [f"  {entry}:", "    iterations:", *(f"      - {grids.flow(setting)}" for setting in settings)]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Everything tried, a row each: where it belongs, its settings, its seed, what came of it, and what it followed."""
+    names = list(dict.fromkeys(name for row in rows for name in row["setting"]))
+    gains = list(dict.fromkeys(name for row in rows for name in row if name.startswith("gain_g")))
+    flat = [{**row, **row["setting"]} for row in rows]
+    return pd.DataFrame(flat, columns=[*FIRST, *names, *LAST, *gains, *END, "prompts"])
+
+
+def settings_in(row: Mapping[str, Any]) -> Setting:
+    """The setting in a row of such a table."""
+    fixed = {*FIRST, *LAST, *END, "prompts", "chosen"}
+    return {name: value for name, value in row.items()
+            if name not in fixed and not name.startswith("gain_g") and not pd.isna(value)}
