@@ -94,7 +94,7 @@ def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, 
         loop.finish()
     except Broken as error:
         kept = checkpoints.newest() if checkpoints else None
-        raise BenchError(f"{error}; last good checkpoint: {kept or 'none was written yet'}") from None
+        raise Broken(f"{error}; last good checkpoint: {kept or 'none was written yet'}") from None
     finally:
         loop.close()
     return loop.history

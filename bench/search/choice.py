@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,15 @@ LAST = ["seed", "pairs", "utility", "gain"]
 END = ["after", "identity"]
 
 
+class Gap(NamedTuple):
+    """The difference of the means of two settings, with its interval."""
+
+    low: float
+    high: float
+    value: float
+    over: str
+
+
 @dataclass(frozen=True)
 class Choice:
     """The best setting of an iteration by its mean over seeds, beside the next best."""
@@ -29,14 +38,9 @@ class Choice:
     best: Setting
     utility: float
     gain: float  # over the base model
-    runner_up: Setting | None
-    gap: tuple[float, float, float]  # low, high, value of best minus runner-up
-    paired: bool  # whether the gap's interval is over prompts and seeds, or, for want of scores, over seeds alone
+    runner_up: Setting | None  # None where no other setting was trained to its end with every seed
+    gap: Gap | None
     edges: dict[str, grids.Edge]  # where the grid must grow before this may be called chosen
-
-    @property
-    def told_apart(self) -> bool:
-        return self.gap[0] > 0
 
 
 def best(tried: Sequence[Setting], seeds: Sequence[int], done: Mapping[Cell, FrozenTrial]) -> list[Setting]:
@@ -59,29 +63,29 @@ def choose(tried: Sequence[Setting], seeds: Sequence[int], done: Mapping[Cell, F
     ranked = best(tried, seeds, done)
     if len(ranked) < len(tried):
         return None
-    first = trials_of(ranked[0], seeds, done)
-    low, high, value, paired = gap(first, trials_of(ranked[1], seeds, done)) if len(ranked) > 1 else (0, 0, 0, True)
+    first, second = trials_of(ranked[0], seeds, done), [trials_of(setting, seeds, done) for setting in ranked[1:2]]
+    rival = next((trials for trials in second if np.isfinite(_mean(trials))), None)
     return Choice(ranked[0], _mean(first), float(np.mean([trial.user_attrs["gain"] for trial in first])),
-                  ranked[1] if len(ranked) > 1 else None, (low, high, value), paired,
+                  ranked[1] if rival else None, gap(first, rival) if rival else None,
                   grids.edges(grid, ranked[0], ends))
 
 
-def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> tuple[float, float, float, bool]:
-    """Low, high and value of the difference of two settings, each `[seeds]`, and whether prompts are paired too.
+def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> Gap:
+    """How far one setting is ahead of another, each the trials of the same seeds: paired over prompts and seeds.
 
     Trials that came without scores of prompts leave a t interval over the differences of the seeds.
     """
     scores = [[trial.user_attrs.get("prompts") for trial in trials] for trials in (mine, theirs)]
     if None not in scores[0] + scores[1]:
         low, high, value = estimates((np.array(scores[0]) - np.array(scores[1]))[None])
-        return float(low[0]), float(high[0]), float(value[0]), True
+        return Gap(float(low[0]), float(high[0]), float(value[0]), "prompts and seeds")
     differences = np.array([a.value - b.value for a, b in zip(mine, theirs, strict=True)])
     with warnings.catch_warnings():  # equal differences have no spread, and this interval no width
         warnings.simplefilter("ignore")
         found = stats.ttest_1samp(differences, 0).confidence_interval(LEVEL)
     value = float(differences.mean())
     low, high = (value if np.isnan(end) else float(end) for end in found)
-    return low, high, value, False
+    return Gap(low, high, value, "seeds alone")
 
 
 def verdict(place: str, choice: Choice, metric: str, count: str) -> str:
@@ -89,11 +93,10 @@ def verdict(place: str, choice: Choice, metric: str, count: str) -> str:
     chosen = "best so far" if choice.edges else "chosen"
     line = (f"{place}: {chosen} {grids.text(choice.best)}: {metric} {choice.utility:.4f}, {choice.gain:+.4f} over the "
             f"base; {count}")
-    if choice.runner_up is not None:
-        low, high, value = choice.gap
-        over = "prompts and seeds" if choice.paired else "seeds alone"
+    if choice.gap is not None:
+        low, high, value, over = choice.gap
         line += (f"; ahead of {grids.text(choice.runner_up)} by {value:.4f} [{low:.4f}, {high:.4f}] (over {over})"
-                 f"{'' if choice.told_apart else ', not told apart from this runner-up'}")
+                 f"{'' if low > 0 else ', not told apart from this runner-up'}")
     return line + (f"; NOT CHOSEN: {widening(choice)}" if choice.edges else "")
 
 

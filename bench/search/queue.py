@@ -67,7 +67,7 @@ class Study:
         self.seen: dict[tuple, float] = {}  # a running trial's signs of life, and when each was first seen here
 
     def standing(self) -> dict[Cell, FrozenTrial]:
-        """The trial that stands for each cell, in the order they were put in line."""
+        """The trial that stands for each cell."""
         found: dict[Cell, FrozenTrial] = {}
         for trial in self._trials():
             found.setdefault(cell_of(trial), trial)
@@ -83,11 +83,13 @@ class Study:
         return {cell: trial for cell, trial in self.standing().items() if trial.state == TrialState.COMPLETE}
 
     def claim(self, cells: Mapping[Cell, Setting]) -> Claim | None:
-        """Take one of these cells that nobody has taken; None when all are done or being worked on."""
+        """Take the first of these cells that nobody has taken; None when all are done or being worked on."""
         self._bury()
         self._line_up(cells)
-        for cell, trial in self.standing().items():
-            if cell in cells and trial.state == TrialState.WAITING:
+        standing = self.standing()
+        for cell in cells:
+            trial = standing.get(cell)  # none if it has failed this very moment
+            if trial and trial.state == TrialState.WAITING:
                 with suppress(UpdateFinishedTrialError):
                     number = self._id(trial)
                     if self.storage.set_trial_state_values(number, TrialState.RUNNING):

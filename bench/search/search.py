@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from bench.search.choice import Choice
 from bench.search.grids import Setting
 from bench.search.queue import Cell, Study, cell_of
 from bench.search.trials import Round, Trials
+from bench.signals import Broken
 from bench.suites import Suite
 
 POLL = 2.0  # seconds between two looks for a trial that may be taken
@@ -56,10 +58,17 @@ class Search:
             tried = grids.settings(self.suite, entry, number)
             made = choice.choose(tried, self.settings.seeds, self.study(this).done(), grid,
                                  self.settings.ends if number > 1 else {})
+            if made and not math.isfinite(made.utility):
+                raise BenchError(f"search.grids.{entry}.{number - 1}: every setting breaks a training, which says: "
+                                 f"{self._broken(this)}")
             yield this, made
             if made is None or made.edges:
                 return
             settled.append(made.best)
+
+    def _broken(self, this: Round) -> str:
+        told = (trial.user_attrs.get("broken") for trial in self.study(this).done().values())
+        return next(filter(None, told), "nothing")
 
     def open_rounds(self) -> list[Round]:
         """The rounds in which something is left to do, one an entry at most."""
@@ -81,14 +90,17 @@ class Search:
             found = self._do(this, claim.cell)
             kept = claim.finish(**found, seconds=time.monotonic() - began)
         self._tidy(this)
-        told = f"{found['utility']:.4f}, {found['gain']:+.4f}" if kept else "given to another worker in the meantime"
+        told = found.get("broken") or f"{found['utility']:.4f}, {found['gain']:+.4f}"
+        told = told if kept else "given to another worker in the meantime"
         say(f"{this.entry} {this.number}, {claim.cell.setting}, seed {claim.cell.seed}: {told}; {self.progress()}")
         return True
 
     def _do(self, this: Round, cell: Cell) -> dict[str, Any]:
-        """A trial's result; what fails is said to have failed with its setting."""
+        """A trial's result. A training that breaks or collapses is one too, below all others."""
         try:
             return self.trials.do(this, self.cells(this)[cell], cell.seed)
+        except Broken as error:
+            return {"utility": -math.inf, "gain": -math.inf, "broken": str(error).partition(";")[0]}
         except BenchError as error:
             raise BenchError(f"{this.entry} {this.number}, {cell.setting}, seed {cell.seed}: {error}") from error
 
@@ -148,7 +160,8 @@ class Search:
         taken = 0
         while claim := self.study(this).claim(cells):
             row = known[this.entry, this.number, this.after, claim.cell]
-            found = {name: row[name] for name in row if name in ("utility", "gain") or name.startswith("gain_g")}
+            found = {name: value for name, value in row.items() if name in ("utility", "gain")
+                     or (name.startswith("gain_g") and not pd.isna(value))}
             if isinstance(row.get("prompts"), (list, np.ndarray)):
                 found["prompts"] = list(map(float, row["prompts"]))
             with claim:
@@ -168,20 +181,18 @@ class Search:
                 "pairs": found["setting"]["steps"] * batch, "after": this.after, "identity": this.identity}
 
     def verdicts(self) -> tuple[list[str], dict[str, list[Setting]], list[str]]:
-        """A line for every choice, what was chosen by entry, and what must be widened before more can be."""
+        """A line for every choice, what was chosen for the entries that have all, and what must first be widened."""
         lines, chosen, wide = [], {}, []
         for entry in self.entries:
-            for this, made in self.rounds(entry):
-                if made is None:
-                    continue
-                place = f"{entry} {this.number}"
+            choices = [(this, made) for this, made in self.rounds(entry) if made]
+            for this, made in choices:
                 tried = {cell.setting for cell in self.study(this).done()}
-                count = f"{len(tried)} settings with {len(self.settings.seeds)} seeds"
-                lines.append(choice.verdict(place, made, self.settings.metric, count))
+                lines.append(choice.verdict(f"{entry} {this.number}", made, self.settings.metric,
+                                            f"{len(tried)} settings with {len(self.settings.seeds)} seeds"))
                 if made.edges:
-                    wide.append(f"{place}: {choice.widening(made)}")
-                else:
-                    chosen.setdefault(entry, []).append(made.best)
+                    wide.append(f"{entry} {this.number}: {choice.widening(made)}")
+            if len(choices) == len(self.settings.grids[entry]) and not choices[-1][1].edges:
+                chosen[entry] = [made.best for _, made in choices]
         return lines, chosen, wide
 
 
