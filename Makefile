@@ -31,8 +31,8 @@ lint: $(STAMP)
 quotes: $(STAMP)
 	$(BIN)/python -m reports.quotes
 
-# Everything is in bench/suites/mini-measured.yaml but this: all 500 test prompts, and no others. The search of the settings
-# is `bench search`.
+# Everything is in bench/suites/mini-measured.yaml but this: all 500 test prompts, and no others. The settings
+# come from `bench search`.
 SEEDS ?= 0 1 2
 MEASURED := results/measured/mini_comparison.csv
 AGAINST := base SFT-1 SFT-3 SFT-4 SFT-5 Diffusion-DPO-2 Diffusion-DPO-3 SPIN-1 SPIN-2 SPIN-3 spin-g3-1 spin-g3-2

@@ -46,6 +46,8 @@ def search(methods: tuple[str, ...], suite: str, settings: tuple[str, ...], stor
     for path in (earlier, output):
         if path and path.suffix not in (".csv", ".parquet"):
             raise UsageError(f"{path}: tables of a search are .csv or .parquet")
+    if worker and output:
+        raise UsageError("-o does not go with --worker, which only does trials; started without it, the command writes")
     if processes.count() > 1:
         raise UsageError("bench search is not started by a launcher: start it once a GPU instead, on one storage")
     if find_spec("optuna") is None:
@@ -117,4 +119,5 @@ def _show(found: Search, output: Path | None) -> None:
     if chosen:
         click.echo("\nfor the suite:\n" + choice.yaml_lines(chosen))
     if wide:
-        raise BenchError(f"not chosen yet, widen search.grids: {'; '.join(wide)}; give the others as many settings")
+        raise BenchError(f"not chosen yet: {'; '.join(wide)}; move this grid of search.grids, or widen those of all "
+                         "methods alike")

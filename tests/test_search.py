@@ -356,6 +356,7 @@ def test_methods_without_a_grid_and_suites_without_a_search_are_named(elsewhere,
     assert bench(f"{LINE} spn") == 2 and "did you mean 'spin'" in capsys.readouterr().err
     assert bench("search --suite mini") == 2 and "no search section" in capsys.readouterr().err
     assert bench(f"{LINE} -o tried.txt") == 2 and ".csv or .parquet" in capsys.readouterr().err
+    assert bench(f"{LINE} --worker -o tried.csv") == 2 and "does not go with --worker" in capsys.readouterr().err
 
 
 def test_the_table_holds_everything_tried_and_the_gains_are_those_of_a_run(undisturbed, monkeypatch, capsys):
@@ -401,7 +402,7 @@ def test_two_workers_one_of_them_killed_do_every_setting_once_as_one_alone_would
                 os._exit(99)
         return process
 
-    doomed, other = worker(f"{LINE} --worker", dies=4), worker(f"{LINE} -o tried.parquet")
+    doomed, other = worker(f"{LINE} --worker", dies=2), worker(f"{LINE} -o tried.parquet")
     ended = {process: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in (doomed, other)}
     assert ended == {doomed: -signal.SIGKILL, other: 0}
     done = finished(open_storage(Path("results/search")))

@@ -102,14 +102,14 @@ class Schedule(Section):
 
 
 class Search(Section):
-    """How `bench search` seeks the settings of `methods`; no run depends on it."""
+    """How `bench search` seeks the settings of `methods`; `bench/suites/mini-measured.yaml` explains every field."""
 
     seeds: list[int] = Field(min_length=2)  # of training: none that a comparison uses
     prompts: str
     limit: int | None = Field(None, ge=1)
     metric: str
     grids: dict[str, list[dict[str, Annotated[list[Any], Field(min_length=1)]]]]  # by entry, one an iteration
-    ends: dict[str, Literal["low", "high"]] = {}  # natural ends of later iterations' settings
+    ends: dict[str, Literal["low", "high"]] = {}  # of later iterations' grids: beyond them is nothing to look for
 
 
 class Suite(Section):
