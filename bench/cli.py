@@ -191,7 +191,7 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
           guidance: float | None, metrics: str | None, protocol: str | None, layout: str) -> None:
     """Print a table of runs (default: all) with intervals.
 
-    Runs are those of results/runs; intervals are 95 %, bootstrapped and paired over prompts.
+    Runs are those of results/runs; intervals are 95 %, paired over prompts.
     """
     from reports import agreement, load, stats, tables
 

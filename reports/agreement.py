@@ -19,6 +19,7 @@ import pandas as pd
 
 from reports import layouts, stats, tables
 from reports.load import BASE, Runs
+from reports.uncertainty import LEVEL
 
 STAT = "agreement"
 UNITS = ("images", "changes", "models")
@@ -197,7 +198,7 @@ def correlation(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def _interval(replicates: np.ndarray) -> stats.Estimate:
     """The first is of the sample itself, the others of its resamples; without spread there is no correlation."""
-    tail, drawn = (1 - stats.LEVEL) / 2, replicates[1:]
+    tail, drawn = (1 - LEVEL) / 2, replicates[1:]
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(replicates[0]) or not len(drawn):
         return stats.Estimate(np.nan, np.nan, np.nan)
@@ -212,7 +213,7 @@ def _told_apart(scores: stats.Scores, metrics: Sequence[str], protocol: str) -> 
     for metric in metrics:
         up = 1 if stats.higher_is_better(metric) else -1
         for place, against in enumerate(scores.models[1:], 1):
-            for row in stats.compare(scores, metric, "mean", against, protocol, RESAMPLES).itertuples():
+            for row in stats.compare(scores, metric, "mean", against, protocol).itertuples():
                 if row.model in scores.models[:place]:
                     signs[metric][row.model, against] = up * (int(row.low > 0) - int(row.high < 0))
     found = {}

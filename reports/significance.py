@@ -1,4 +1,4 @@
-"""Tests beside the intervals: is a difference real, and how small a one could have been seen."""
+"""Several tests at once: p-values, which come from the model behind the intervals, corrected for their number."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ import numpy as np
 import pandas as pd
 
 from reports import stats
-
-POWER = 0.8
-DETECT = (1.959964 + 0.841621) / (2 * 1.959964)  # interval widths that 80 % power at 5 %, two-sided, asks for
-
-
-def wilcoxon(differences: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test on per-prompt differences; zeros split between the sides."""
-    from scipy.stats import wilcoxon as test
-
-    differences = differences[np.isfinite(differences)]
-    return float(test(differences, zero_method="zsplit").pvalue) if np.any(differences) else 1.0
-
-
-def sign(differences: np.ndarray) -> float:
-    """Two-sided p of the sign test, which asks only how often a model wins; ties are left out."""
-    from scipy.stats import binomtest
-
-    wins, losses = int((differences > 0).sum()), int((differences < 0).sum())
-    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -39,39 +20,14 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return found
 
 
-def detectable(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The smallest true difference that a comparison this precise finds with 80 % power at the 5 % level.
+def annotate(rows: pd.DataFrame) -> pd.DataFrame:
+    """A setting's rows of `stats.compare` for several metrics, with a column p_holm.
 
-    2.80 standard errors, the standard error read off the 95 % interval (3.92 of them), so that training seeds
-    count exactly as they do in the interval.
+    Corrected over the metrics of a model that have a p; the averages, which repeat other metrics, are not in that
+    family and have none.
     """
-    return DETECT * (np.asarray(high) - np.asarray(low))
-
-
-def annotate(
-    tidy: pd.DataFrame, scores: stats.Scores, stat: str, against: str, protocol: str
-) -> pd.DataFrame:
-    """A setting's tidy rows of differences or win rates with columns p, p_holm and detectable.
-
-    p: the sign test for win rates, else Wilcoxon's, over prompts, each prompt's difference averaged over
-    training seeds (so it speaks of these seeds; the interval also of new ones). p_holm: corrected over the
-    metrics of a model; the averages, which repeat other metrics, are not in that family and have none.
-    """
-    data = stats.per_prompt(scores, protocol)
-    test = sign if stat == "winrate" else wilcoxon
-    where = scores.models.index(against)
-
-    def p(model: str, metric: str) -> float:
-        column = data[..., scores.metrics.index(metric)]
-        seeds = np.isfinite(column[[scores.models.index(model), where]]).any(axis=2).all(axis=0)
-        return test((column[scores.models.index(model)] - column[where])[seeds].mean(axis=0))
-
-    found = tidy.assign(
-        p=[p(row.model, row.metric) for row in tidy.itertuples()],
-        p_holm=np.nan,
-        detectable=detectable(tidy["low"], tidy["high"]),
-    )
-    family = ~found["metric"].isin(stats.AVERAGES)
-    for _, rows in found[family].groupby("model", sort=False):
-        found.loc[rows.index, "p_holm"] = holm(rows["p"])
+    found = rows.assign(p_holm=np.nan)
+    family = ~found["metric"].isin(stats.AVERAGES) & found["p"].notna()
+    for _, part in found[family].groupby("model", sort=False):
+        found.loc[part.index, "p_holm"] = holm(part["p"])
     return found

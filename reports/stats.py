@@ -1,13 +1,12 @@
-"""Statistics over prompts: protocols, means, medians, win rates, and paired bootstrap intervals.
+"""Statistics over prompts: protocols, means, medians, win rates, differences, all with intervals.
 
 The unit of everything is the prompt: models are compared on the same prompts (and the same sampling seeds),
-so differences and win rates are taken per prompt before anything is averaged. Training seeds are clusters:
-they are resampled as a second, crossed factor.
+so differences and win rates are taken per prompt before anything is averaged. Training seeds are a second, crossed
+factor; how sure a number is says `reports.uncertainty`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-RESAMPLES = 2000
-LEVEL = 0.95
+from reports.uncertainty import estimates
+
 BOOTSTRAP_SEED = 20240216
 PROTOCOLS = ("one", "mean", "best")
 STATS = ("mean", "median", "winrate")
@@ -29,7 +28,7 @@ JUDGE = "judge/"
 
 
 class Estimate(NamedTuple):
-    """A statistic with its percentile bootstrap interval."""
+    """A statistic with its 95 % interval."""
 
     value: float
     low: float
@@ -151,7 +150,7 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def resample_counts(n: int, resamples: int) -> np.ndarray:
     """How often each prompt is in each resample, float32 [n, resamples].
 
-    The same for every model and metric of n prompts, which is what makes intervals of differences paired; and
+    The same for every model and metric of n prompts, which is what makes `reports.agreement`'s intervals paired; and
     a resampled mean is then one matrix product.
     """
     rng = np.random.default_rng([BOOTSTRAP_SEED, n])
@@ -159,79 +158,14 @@ def resample_counts(n: int, resamples: int) -> np.ndarray:
     return np.stack([np.bincount(draw, minlength=n).astype(np.float32) for draw in draws], axis=1)
 
 
-def _seed_weights(n: int, resamples: int) -> np.ndarray:
-    """Weights of the resampled training seeds [resamples, n].
-
-    n - 1 of n seeds are drawn with replacement, which makes the variance between seeds unbiased (Rao & Wu
-    1988); drawing n would understate it by (n - 1) / n, a third for three seeds.
-    """
-    if n == 1:
-        return np.ones((resamples, 1))
-    draws = np.random.default_rng([BOOTSTRAP_SEED, n, 1]).integers(0, n, (resamples, n - 1))
-    return np.stack([np.bincount(row, minlength=n) for row in draws]) / (n - 1)
-
-
-def _resampled_means(rows: np.ndarray, resamples: int) -> np.ndarray:
-    """[rows, prompts] -> [rows, resamples]."""
-    centre = rows.mean(axis=1, keepdims=True)  # float32 products of centred values lose nothing that matters
-    product = (rows - centre).astype(np.float32) @ resample_counts(rows.shape[1], resamples)
-    return product / rows.shape[1] + centre
-
-
-def _resampled_medians(rows: np.ndarray, resamples: int) -> np.ndarray:
-    """[rows, prompts] -> [rows, resamples], without sorting any resample.
-
-    A resample's k-th value is the first of the sorted scores whose cumulated count exceeds k. The middle one
-    lies within eight standard deviations (sqrt(n) / 2 places each) of the middle, so only that window is
-    cumulated.
-    """
-    n = rows.shape[1]
-    counts, reach = resample_counts(n, resamples), 4 * math.isqrt(n) + 4
-    start, stop = max(0, n // 2 - reach), min(n, n // 2 + reach)
-    order = rows.argsort(axis=1, kind="stable")
-    ahead = np.zeros(rows.shape, np.float32)
-    np.put_along_axis(ahead, order[:, :start], 1, axis=1)
-    before = ahead @ counts
-    found = np.empty((len(rows), resamples))
-    for i, window in enumerate(order[:, start:stop]):
-        cumulated = before[i] + counts[window].cumsum(axis=0)
-        places = [np.minimum((cumulated <= k).sum(axis=0), len(window) - 1) for k in ((n - 1) // 2, n // 2)]
-        found[i] = rows[i, window][np.stack(places)].mean(axis=0)
-    return found
-
-
-def estimates(
-    stack: np.ndarray, stat: str = "mean", resamples: int = RESAMPLES
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Low, high and value, each [n], of n series at once (scores, differences or wins).
-
-    stack: [n, training seeds, prompts] without NaN. The statistic is taken over prompts for each seed
-    and averaged over seeds; prompts and seeds are resampled independently, and intervals are percentiles.
-    """
-    n, seeds, prompts = stack.shape
-    rows = stack.reshape(n * seeds, prompts).astype(np.float64)
-    value = (np.median if stat == "median" else np.mean)(rows, axis=1).reshape(n, seeds).mean(axis=1)
-    resampled = (_resampled_medians if stat == "median" else _resampled_means)(rows, resamples)
-    weights = _seed_weights(seeds, resamples).T
-    replicates = (resampled.reshape(n, seeds, resamples) * weights).sum(axis=1)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(replicates, [tail, 1 - tail], axis=1)
-    return low, high, value
-
-
 def compare(
-    scores: Scores,
-    metric: str,
-    stat: str = "mean",
-    against: str | None = None,
-    protocol: str = "mean",
-    resamples: int = RESAMPLES,
+    scores: Scores, metric: str, stat: str = "mean", against: str | None = None, protocol: str = "mean"
 ) -> pd.DataFrame:
-    """One metric of every model: model, value, low, high, n_prompts, n_seeds.
+    """One metric of every model: model, value, low, high, n_prompts, n_seeds, p, detectable.
 
     mean, median: of the scores, or with `against` of the per-prompt differences to that model. winrate: share
     of prompts on which a model beats `against`, ties half. Trained models are paired on equal training seeds,
-    and only prompts that every model has count.
+    and only prompts that every model has count. p and detectable (see `Estimates`) are NaN without `against`.
     """
     data = per_prompt(scores, protocol)[..., scores.metrics.index(metric)]
     present = np.isfinite(data).any(axis=2)
@@ -253,18 +187,17 @@ def compare(
             reference = data[other][seeds][:, complete]
             series = wins(series, reference) if stat == "winrate" else series - reference
         found.append((model, series))
-    columns = ["model", "value", "low", "high", "n_prompts", "n_seeds"]
-    return pd.DataFrame(_grouped(found, stat, resamples), columns=columns)
+    columns = ["model", "value", "low", "high", "n_prompts", "n_seeds", "p", "detectable"]
+    rows = pd.DataFrame(_grouped(found, stat), columns=columns)
+    return rows if against is not None else rows.assign(p=np.nan, detectable=np.nan)
 
 
-def _grouped(found: list[tuple[str, np.ndarray]], stat: str, resamples: int) -> list[tuple]:
-    """Rows of `compare`, models with equally many training seeds resampled together."""
+def _grouped(found: list[tuple[str, np.ndarray]], stat: str) -> list[tuple]:
+    """Rows of `compare`, models with equally many training seeds estimated together."""
     rows: dict[str, tuple] = {}
     for shape in {series.shape for _, series in found}:
         same = [(model, series) for model, series in found if series.shape == shape]
-        low, high, value = estimates(
-            np.stack([series for _, series in same]), "median" if stat == "median" else "mean", resamples
-        )
-        for i, (model, _) in enumerate(same):
-            rows[model] = (model, value[i], low[i], high[i], shape[1], shape[0])
+        estimated = estimates(np.stack([series for _, series in same]), stat)
+        for (model, _), *numbers in zip(same, *estimated, strict=True):
+            rows[model] = (model, *numbers[:3], shape[1], shape[0], *numbers[3:])
     return [rows[model] for model, _ in found]

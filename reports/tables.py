@@ -39,7 +39,7 @@ def table(
     metrics: Sequence[str] | None = None,
     protocol: str | None = None,
 ) -> pd.DataFrame:
-    """One row for each model, prompt set, guidance and metric, with a paired bootstrap 95 % interval.
+    """One row for each model, prompt set, guidance and metric, with a paired 95 % interval.
 
     stat: mean or median of the scores, or, with `against`, of the per-prompt differences to that model;
     winrate over `against` (default base) in [0, 1]. metrics: names; "judge" stands for all judge readings,
@@ -67,7 +67,7 @@ def table(
         if not setting:
             continue
         rows = pd.concat(setting, ignore_index=True)
-        parts.append(significance.annotate(rows, scores, stat, against, protocol) if against else rows)
+        parts.append(significance.annotate(rows) if against else rows)
     tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
     # the same columns whatever is asked for, so that the rows of several tables fit into one file
     return tidy.assign(stat=stat, against=against or "", protocol=protocol).reindex(columns=COLUMNS + TESTED)

@@ -39,7 +39,7 @@ def test_defaults_differences_and_win_rates(runs: Runs) -> None:
     assert "judge/fade" in set(tables.table(runs, metrics=["judge"])["metric"])
     gain = tables.table(runs, "mean", "sft", metrics=["judge/utility"])
     assert "SFT" not in set(gain["model"])
-    assert (gain.loc[gain["model"] == "base", "high"] < 0).all()
+    assert (gain.loc[gain["model"] == "base", "value"] < 0).all()
     rate = tables.table(runs, "winrate", metrics=["judge/utility"])
     assert rate["value"].between(0, 1).all() and set(rate["against"]) == {"base"}
     assert set(tables.table(runs, metrics=["average"])["metric"]) == {"average"}
