@@ -214,6 +214,8 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
         click.echo(agreement.render(tidy, layout).rstrip("\n"))
         return
     tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
+    if tidy["metric"].isin(stats.AVERAGES).any():
+        click.echo(f"note: {tables.average_note(runs)}", err=True)
     click.echo(tables.render(tidy, layout).rstrip("\n"))
 
 

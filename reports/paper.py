@@ -176,21 +176,22 @@ def _cells(runs: Runs, number: int, scores: stats.Scores, protocol: str) -> pd.D
 
 def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
     first = tidy.iloc[0]
-    there = [name for name in COLUMNS if name in scores.metrics and name != stats.AVERAGE]
-    gone = [COLUMNS[name] for name in COLUMNS if name not in scores.metrics]
+    there = [COLUMNS[name] for name in COLUMNS if name in scores.metrics and name != stats.AVERAGE]
+    gone = [COLUMNS[name] for name in COLUMNS if name not in scores.metrics and name != stats.AVERAGE]
+    chosen_by = "average" if stats.AVERAGE in scores.metrics else layouts.spoken_name(scores.metrics[0])
     done = tidy[tidy["n_prompts"] > 0]
     images = len(scores.image_seeds)
     reading = {"one": "one image a prompt", "mean": f"mean of {images} images a prompt",
-               "best": f"of {images} images a prompt the one with the highest average"}[first["protocol"]]
+               "best": f"of {images} images a prompt the one with the highest {chosen_by}"}[first["protocol"]]
     weights = runs.protocol.get("suite", {}).get("model", {}).get("weights", "unknown")
     prompts = layouts.span(done["n_prompts"]) if len(done) else "no"
     notes = [
         f"Measured: base model {weights}, {prompts} prompts of {first['prompt_set']}, guidance "
-        f"{first['guidance']:g}, {reading}; brackets are paired bootstrap 95 % intervals."
+        f"{first['guidance']:g}, {reading}; brackets are 95 % intervals, paired over prompts."
     ]
     if gone and there:
-        notes.append(f"Not measured: {', '.join(gone)}; Average is that of "
-                     f"{' and '.join(COLUMNS[n] for n in there)} alone.")
+        average = f"Average is that of {' and '.join(there)} alone" if len(there) > 1 else "so there is no Average"
+        notes.append(f"Not measured: {', '.join(gone)}; {average}.")
     printed = tidy[tidy["published"].notna()]
     if len(printed):
         notes.append(f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "

@@ -56,7 +56,8 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     """Long rows (model, train_seed, prompt_id, seed, metric, value), in any order, as an array.
 
     train_seed is NA for untrained models. `image_seeds` gives the order of the sampling seeds ("one" is the
-    first). The last metrics are the scale-free mean z-score and the paper's "Average" of the raw scores.
+    first). The last metrics are the scale-free mean z-score and the paper's "Average" of the raw scores, where there
+    are scores to average, see `averaged`.
     """
     present = set(rows["model"].unique())
     models = [model for model in models if model in present]
@@ -78,17 +79,22 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     for index, model in enumerate(models):
         if model in untrained:
             values[index] = values[index, :1]
-    averages = [_average(_standardised(values), metrics), _average(values, metrics)]
-    values = np.concatenate([values, np.stack(averages, axis=-1)], axis=-1)
+    if of := [metrics.index(name) for name in averaged(metrics)]:
+        averages = [_standardised(values[..., of]).mean(axis=-1), values[..., of].mean(axis=-1)]
+        values = np.concatenate([values, np.stack(averages, axis=-1)], axis=-1)
+        metrics += [ZSCORE, AVERAGE]
     return Scores(
-        tuple(models),
-        tuple(train_seeds),
-        tuple(prompts),
-        tuple(seeds),
-        (*metrics, ZSCORE, AVERAGE),
-        untrained,
-        values,
+        tuple(models), tuple(train_seeds), tuple(prompts), tuple(seeds), tuple(metrics), untrained, values
     )
+
+
+def averaged(metrics: Sequence[str]) -> list[str]:
+    """The paper's metrics among these, which `AVERAGES` are of; none for fewer than two.
+
+    An average of one score would be that score under another name.
+    """
+    found = [name for name in metrics if name in PAPER_METRICS]
+    return found if len(found) > 1 else []
 
 
 def metric_order(name: str) -> tuple[int, int, str]:
@@ -116,29 +122,22 @@ def _standardised(values: np.ndarray) -> np.ndarray:
     return (values - first.mean(axis=0).filled(np.nan)) / np.where(spread > 0, spread, np.nan)
 
 
-def _average(values: np.ndarray, metrics: Sequence[str]) -> np.ndarray:
-    """Mean of the raw scores the paper averages (its four where present, else all metrics), no judge."""
-    chosen = [i for i, name in enumerate(metrics) if name in PAPER_METRICS]
-    chosen = chosen or [i for i, name in enumerate(metrics) if not name.startswith(JUDGE)]
-    if not chosen:
-        return np.full(values.shape[:-1], np.nan)
-    return values[..., chosen].mean(axis=-1)
-
-
 def per_prompt(scores: Scores, protocol: str) -> np.ndarray:
     """Reduce the images of a prompt to one value: [models, training seeds, prompts, metrics].
 
     one: the first sampling seed. mean: the mean over sampling seeds. best: all scores of the image with the
-    highest average of raw scores (the paper's best of 5; with no metric but the judge, of its first score).
+    highest average of raw scores (the paper's best of 5), or, where there is none, highest first score; NaN
+    where no image of the prompt has what is selected by.
     """
     values = scores.values
     if protocol == "one" or values.shape[3] == 1:
         return values[:, :, :, 0]
     if protocol == "mean":
         return values.mean(axis=3)
-    key = values[..., -1] if np.isfinite(values[..., -1]).any() else values[..., 0]
+    key = values[..., scores.metrics.index(AVERAGE) if AVERAGE in scores.metrics else 0]
     best = np.where(np.isnan(key), -np.inf, key).argmax(axis=3)
-    return np.take_along_axis(values, best[..., None, None], axis=3)[:, :, :, 0]
+    found = np.take_along_axis(values, best[..., None, None], axis=3)[:, :, :, 0]
+    return np.where(np.isnan(key).all(axis=3)[..., None], np.nan, found)
 
 
 def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:

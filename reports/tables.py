@@ -104,10 +104,13 @@ def metric_names(runs: Runs) -> list[str]:
 
 def averaged(runs: Runs) -> list[str]:
     """The two averages, where there are several metrics to average."""
-    names = metric_names(runs)
-    paper = [name for name in names if name in stats.PAPER_METRICS]
-    many = len(paper or [name for name in names if not name.startswith(stats.JUDGE)]) > 1
-    return list(stats.AVERAGES) if many else []
+    return list(stats.AVERAGES) if stats.averaged(metric_names(runs)) else []
+
+
+def average_note(runs: Runs) -> str:
+    """Which metrics the averages are of, for whoever reads one."""
+    names = [layouts.metric_title(name) for name in stats.averaged(metric_names(runs))]
+    return f"{' and '.join(layouts.metric_title(name) for name in stats.AVERAGES)} are those of {', '.join(names)}"
 
 
 def lead_metric(runs: Runs) -> str:
@@ -145,6 +148,9 @@ def chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
         if metric == "judge":
             chosen += [name for name in names if name.startswith(stats.JUDGE)]
             continue
+        if metric in stats.AVERAGES and not averaged(runs):
+            raise UsageError(f"metrics: {metric} is of at least two of {', '.join(stats.PAPER_METRICS)}; "
+                             f"scored were {', '.join(names)}")
         one_of(metric, [*names, *stats.AVERAGES], "metrics")
         chosen.append(metric)
     return list(dict.fromkeys(chosen))

@@ -128,3 +128,12 @@ def test_wrong_requests_are_told_in_one_line(runs: Runs) -> None:
     for options, said in wrong.items():
         with pytest.raises(UsageError, match=said):
             paper.build(runs, *options)
+
+
+def test_one_score_has_no_average(tmp_path: Path) -> None:
+    metrics = {"pickscore": fake_runs.METRICS["pickscore"]}
+    fake_runs.write_run(tmp_path, "sft", metrics=metrics, image_seeds=SEEDS)
+    built = paper.build(load_runs(None, tmp_path), 1)
+    assert built.tidy.query("metric == 'average'")["value"].isna().all()
+    assert "so there is no Average" in " ".join(built.notes)
+    assert "with the highest PickScore" in built.notes[0]

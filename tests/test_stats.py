@@ -70,6 +70,30 @@ def test_protocols_by_hand() -> None:
     np.testing.assert_array_equal(reduced["best"][:, :2], [[3, 20], [6, 40]])  # the judge does not choose
 
 
+def test_best_of_several_images_is_that_of_the_highest_average_not_of_the_first_metric() -> None:
+    """Prompt 0: 20 + 5 against 19 + 7. Prompt 1: 22 + 5 against 21 + 5.5. All scores are those of the image chosen."""
+    parts = {"pickscore": [[20.0, 19], [22, 21]], "aesthetic": [[5, 7], [5, 5.5]], "judge/utility": [[1, 2], [3, 4]]}
+    rows = pd.concat([long({"a": np.array(values, float)}, name) for name, values in parts.items()])
+    scores = stats.gather(rows, ["a"])
+    best = dict(zip(scores.metrics, stats.per_prompt(scores, "best")[0, 0].T.tolist(), strict=True))
+    assert best["pickscore"] == [19, 22] and best["aesthetic"] == [7, 5] and best["judge/utility"] == [2, 3]
+    assert best["average"] == [13, 13.5]
+
+
+def test_best_is_of_nothing_where_nothing_selects() -> None:
+    """A model without one of the averaged scores has no best image, rather than its first one."""
+    rows = [long({"a": np.ones((3, 2)), "b": np.ones((3, 2))}), long({"a": np.ones((3, 2))}, "aesthetic")]
+    scores = stats.gather(pd.concat(rows), ["a", "b"])
+    best = stats.per_prompt(scores, "best")[..., scores.metrics.index("pickscore")]
+    assert np.isfinite(best[0]).all() and np.isnan(best[1]).all()
+
+
+@pytest.mark.parametrize("names", [["pickscore"], ["pickscore", "clip", "judge/utility"], ["clip"], ["judge/utility"]])
+def test_there_is_no_average_of_fewer_than_two_of_the_papers_scores(names: list[str]) -> None:
+    scores = stats.gather(pd.concat([long({"a": np.ones((3, 1))}, name) for name in names]), ["a"])
+    assert list(scores.metrics) == names
+
+
 def test_average_is_the_mean_of_the_papers_scores() -> None:
     parts = {"pickscore": 20.0, "aesthetic": 6.0, "clip": 0.3, "judge/utility": 1.0}
     rows = pd.concat([long({"a": np.full((3, 1), value)}, name) for name, value in parts.items()])

@@ -124,3 +124,13 @@ def test_without_a_judge_the_first_metric_leads(tmp_path: Path) -> None:
     fake_runs.write_run(tmp_path, "sft", metrics=metrics)
     text = tables.summary(load_runs(None, tmp_path))
     assert "judge" not in text and "PickScore" in text
+
+
+def test_averages_are_of_at_least_two_scores_and_say_of_which(runs: Runs, tmp_path: Path) -> None:
+    assert tables.average_note(runs) == "Average and Mean z-score are those of PickScore, Aesthetic"
+    metrics = {"pickscore": fake_runs.METRICS["pickscore"], "clip": fake_runs.METRICS["clip"]}
+    fake_runs.write_run(tmp_path, "sft", metrics=metrics)
+    one = load_runs(None, tmp_path)
+    assert tables.averaged(one) == []
+    with pytest.raises(UsageError, match="average is of at least two of .*; scored were pickscore, clip"):
+        tables.table(one, metrics=["average"])
