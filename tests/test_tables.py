@@ -10,6 +10,7 @@ import fake_runs
 import pandas as pd
 import pytest
 
+from bench import cli
 from bench.errors import UsageError
 from reports import tables
 from reports.load import Runs, load_runs
@@ -126,11 +127,15 @@ def test_without_a_judge_the_first_metric_leads(tmp_path: Path) -> None:
     assert "judge" not in text and "PickScore" in text
 
 
-def test_averages_are_of_at_least_two_scores_and_say_of_which(runs: Runs, tmp_path: Path) -> None:
-    assert tables.average_note(runs) == "Average and Mean z-score are those of PickScore, Aesthetic"
+def test_averages_are_of_at_least_two_scores_and_say_of_which(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    several = fake_runs.write_run(tmp_path / "several", "sft")
+    for metrics, said in (("average", True), ("clip", False)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["table", str(several), "--metrics", metrics])
+        note = "note: Average and Mean z-score are those of PickScore, Aesthetic\n"
+        assert ended.value.code == 0 and (note in capsys.readouterr().err) == said
     metrics = {"pickscore": fake_runs.METRICS["pickscore"], "clip": fake_runs.METRICS["clip"]}
-    fake_runs.write_run(tmp_path, "sft", metrics=metrics)
-    one = load_runs(None, tmp_path)
+    one = load_runs([fake_runs.write_run(tmp_path / "one", "sft", metrics=metrics)])
     assert tables.averaged(one) == []
     with pytest.raises(UsageError, match="average is of at least two of .*; scored were pickscore, clip"):
         tables.table(one, metrics=["average"])
