@@ -15,7 +15,7 @@ from scipy import stats
 from bench.search import grids
 from bench.search.grids import Setting
 from bench.search.queue import Cell
-from reports.stats import LEVEL, estimates
+from reports.uncertainty import LEVEL, estimates
 
 FIRST = ["entry", "iteration"]
 LAST = ["seed", "pairs", "utility", "gain"]
@@ -77,8 +77,8 @@ def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> Gap:
     """
     scores = [[trial.user_attrs.get("prompts") for trial in trials] for trials in (mine, theirs)]
     if None not in scores[0] + scores[1]:
-        low, high, value = estimates((np.array(scores[0]) - np.array(scores[1]))[None])
-        return Gap(float(low[0]), float(high[0]), float(value[0]), "prompts and seeds")
+        found = estimates((np.array(scores[0]) - np.array(scores[1]))[None])
+        return Gap(float(found.low[0]), float(found.high[0]), float(found.value[0]), "prompts and seeds")
     differences = np.array([a.value - b.value for a, b in zip(mine, theirs, strict=True)])
     with warnings.catch_warnings():  # equal differences have no spread, and this interval no width
         warnings.simplefilter("ignore")
