@@ -139,16 +139,19 @@ def _compare(finished: list[Run], layout: str) -> None:
 
     if processes.index() > 0:
         return
-    from reports import load, page, tables
+    from reports import load, page, tables, verdict
+    from reports.summary import summary
 
     loaded = load.load_runs([run.folder for run in runs.comparable(finished[-1])])
     path = page.write(loaded, Path(PAGE))
     if layout == "json":
         table = json.loads(tables.render(tables.table(loaded), "json"))
         identities = [run.id for run in finished]
-        click.echo(json.dumps({"runs": identities, "table": table, "page": str(path)}, indent=1))
+        found = verdict.verdicts(loaded)
+        clear = {"headline": verdict.headline(found), "verdicts": [one.as_dict() for one in found]}
+        click.echo(json.dumps({"runs": identities, **clear, "table": table, "page": str(path)}, indent=1))
     else:
-        click.echo(tables.summary(loaded))
+        click.echo(summary(loaded))
         click.echo(str(path))
 
 
@@ -177,7 +180,7 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
 @click.option("--paper", type=int, metavar="N", help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its "
               "layout, published values beside the measured ones.")
 @click.option("--stat", default="mean", show_default=True, help="mean, median, winrate, or agreement: rank "
-              "correlations of the metrics with each other and with the exact judge.")
+              "correlations of the metrics with each other and with the judge, per image, per prompt, per model.")
 @click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
               "the table, or METHOD[:ITERATION].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
@@ -191,7 +194,8 @@ def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | N
           guidance: float | None, metrics: str | None, protocol: str | None, layout: str) -> None:
     """Print a table of runs (default: all) with intervals.
 
-    Runs are those of results/runs; intervals are 95 %, paired over prompts.
+    Runs are those of results/runs; intervals are 95 %, paired over prompts. Marked is what no model is told apart above
+    and what is told apart above some.
     """
     from reports import agreement, load, stats, tables
 

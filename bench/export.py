@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -106,13 +107,15 @@ def model_card(run: Run, iteration: int) -> str:
 
 
 def scores(run: Run, iteration: int) -> str:
-    """The scores of one iteration and of the base model with 95 % intervals, in Markdown."""
-    from reports import load, tables
+    """One iteration beside the base model: what is clear, and the scores with 95 % intervals, in Markdown."""
+    from reports import layouts, load, tables, verdict
 
     if not (run.folder / "scores.parquet").exists():
         return "Not evaluated."
     loaded = load.load_runs([run.folder])
-    table = tables.table(loaded)
-    wanted = {(load.BASE, 0), (run.method, iteration)}
-    shown = [label for label, model in loaded.models.items() if model in wanted]
-    return tables.render(table[table["model"].isin(shown)], "md").strip()
+    kept = {label: model for label, model in loaded.models.items()
+            if model[:2] in ((load.BASE, 0), (run.method, iteration))}
+    beside = replace(loaded, models=kept, scores=loaded.scores[loaded.scores["model"].isin(kept)])
+    clear = [f"- {one.group[0]} at guidance {one.group[1]:g}: {one.statement} ({one.title})"
+             for one in verdict.verdicts(beside)]
+    return "\n".join([*map(layouts.markdown_text, clear), "", tables.render(tables.table(beside), "md").strip()])

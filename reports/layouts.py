@@ -1,15 +1,20 @@
-"""How tidy rows look as text, Markdown and LaTeX: models down, metrics across, the judge in a block apart."""
+"""How tidy rows look as text, Markdown and LaTeX: models down, metrics across, the judge in a block apart.
+
+A mark (a star, bold) stands for a test: see `note`. Where nothing is told apart, nothing is marked.
+"""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import unicodedata
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from reports.apart import CHECKPOINTS, METHODS, RULE
 from reports.load import BASE
-from reports.stats import AVERAGE, JUDGE, ZSCORE, higher_is_better
+from reports.stats import AVERAGE, JUDGE, ZSCORE
 
 WIDTH = 118
 TITLES = {
@@ -27,11 +32,9 @@ PROTOCOLS = {
     "mean": "mean over the images of a prompt",
     "best": "best of the images of a prompt",
 }
-JUDGE_TITLE = "exact judge, the drawn world's ground truth"
-SUMMARY_NOTE = (
-    "[low, high]: 95 % interval, bootstrap paired over prompts (and training seeds). "
-    "^ v: difference to base clear of 0."
-)
+JUDGE_TITLE = "judge, a network that reads each picture against the drawn world's rules"
+INTERVAL = "[low, high]: 95 % interval over prompts, and over training seeds where there are several."
+ONE_SEED = "One training seed: this is about these checkpoints; another training may order their methods otherwise."
 LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -63,9 +66,28 @@ def spoken_name(metric: str) -> str:
 
 
 def column_digits(rows: pd.DataFrame) -> int:
-    """Decimals of a column: those that show its typical interval's width with two figures, at least one."""
-    width = float((rows["high"] - rows["low"]).median()) if len(rows) else 0.0
-    return int(min(5, max(1, 1 - math.floor(math.log10(width))))) if width > 0 else 3
+    """Decimals of a column: those that show its typical interval's width with two figures, from one to five.
+
+    Where rows have the metric's spread between prompts, none finer than about its thousandth: what is smaller is
+    nothing, and reads as 0.
+    """
+    if rows.empty:
+        return 3
+    width = float((rows["high"] - rows["low"]).median())
+    places = 1 - math.floor(math.log10(width)) if width > 0 else 3
+    spread = float(rows["spread"].median()) if "spread" in rows else 0.0
+    return min(5, max(1, min(places, round(3 - math.log10(spread))) if spread > 0 else places))
+
+
+def number(value: float, places: int, sign: str = "") -> str:
+    """`places` decimals; what rounds to zero has no sign."""
+    shown = f"{value:{sign}.{places}f}"
+    return shown if float(shown) else shown.lstrip("+-")
+
+
+def interval(low: float, high: float, places: int, sign: str = "") -> str:
+    """ "[0.1, 0.3]"."""
+    return f"[{number(low, places, sign)}, {number(high, places, sign)}]"
 
 
 def caption(rows: pd.DataFrame) -> str:
@@ -82,31 +104,37 @@ def statistic(stat: str, against: str) -> str:
 
 
 def setting(rows: pd.DataFrame) -> list[str]:
-    """Prompt set, guidance, prompts, training seeds of the trained models, protocol, as short phrases."""
+    """Prompt set, guidance, prompts, training seeds of the trained models and what they speak of, protocol."""
     first = rows.iloc[0]
-    trained = rows.loc[rows["model"] != BASE, "n_seeds"]
-    seeds = span(trained if len(trained) else rows["n_seeds"])
     return [
         f"prompt set {first['prompt_set']}",
         f"guidance {first['guidance']:g}",
         f"{span(rows['n_prompts'])} prompts",
-        f"{seeds} training seed{'' if seeds == '1' else 's'}",
+        about(rows),
         PROTOCOLS[first["protocol"]],
     ]
+
+
+def about(rows: pd.DataFrame) -> str:
+    """ "3 training seeds, about methods": of methods only if every row speaks of them."""
+    trained = rows.loc[rows["model"] != BASE, "n_seeds"]
+    seeds = span(trained if len(trained) else rows["n_seeds"])
+    what = METHODS if rows["speaks_of"].eq(METHODS).all() else CHECKPOINTS
+    return f"{seeds} training seed{'' if seeds == '1' else 's'}, about {what}"
+
+
+def notes(rows: pd.DataFrame, mark: str) -> list[str]:
+    """What the marks (e.g. "Bold") and brackets of a table mean, and what it is about."""
+    says = f"{mark}: no model is told apart above it, and at least one below it."
+    if not rows["ahead"].any():
+        says = "Nothing is marked: no two models are told apart."
+    return [f"{says} {RULE}", INTERVAL, *([ONE_SEED] if rows["speaks_of"].eq(CHECKPOINTS).any() else [])]
 
 
 def span(numbers: pd.Series) -> str:
     """ "500" or "498-500"."""
     low, high = int(numbers.min()), int(numbers.max())
     return str(low) if low == high else f"{low}-{high}"
-
-
-def ranks(rows: pd.DataFrame) -> dict[str, int]:
-    """Model -> 1 for a metric's best value, 2 for the second; ties share a rank. Empty for one model."""
-    if len(rows) < 2:
-        return {}
-    order = rows["value"].rank(method="min", ascending=not higher_is_better(rows["metric"].iloc[0]))
-    return {model: int(rank) for model, rank in zip(rows["model"], order, strict=True) if rank <= 2}
 
 
 def blocks(tidy: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -120,21 +148,17 @@ def blocks(tidy: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return found
 
 
-def cells(rows: pd.DataFrame, mark: Callable[[str, str, int], str]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of one block; mark(value, interval, rank) writes a cell."""
+def cells(rows: pd.DataFrame, mark: Callable[[str, str, bool], str]) -> tuple[list[str], list[list[str]]]:
+    """Header and body of one block; mark(value, interval, whether it is ahead) writes a cell."""
     models = list(dict.fromkeys(rows["model"]))
     header, columns = ["model"], [models]
     for metric, part in rows.groupby("metric", sort=False):
         scale = 100 if part["stat"].iloc[0] == "winrate" else 1
         scaled = part.assign(**{name: part[name] * scale for name in ("value", "low", "high")})
-        places, rank = column_digits(scaled), ranks(scaled)
+        places = column_digits(scaled)
         sign = "+" if part["against"].iloc[0] and scale == 1 else ""
         found = {
-            row.model: mark(
-                f"{row.value:{sign}.{places}f}",
-                f"[{row.low:{sign}.{places}f}, {row.high:{sign}.{places}f}]",
-                rank.get(row.model, 0),
-            )
+            row.model: mark(number(row.value, places, sign), interval(row.low, row.high, places, sign), row.ahead)
             for row in scaled.itertuples()
         }
         header.append(metric_title(str(metric)))
@@ -143,16 +167,25 @@ def cells(rows: pd.DataFrame, mark: Callable[[str, str, int], str]) -> tuple[lis
 
 
 def render(tidy: pd.DataFrame, format: str) -> str:
-    """Side by side tables as "text", "md" or "latex"."""
+    """Side by side tables as "text", "md" or "latex", and what their marks mean."""
     if tidy.empty:
         return "no scores to show\n"
-    draw = {"text": _text, "md": _markdown, "latex": _latex}[format]
-    return "\n\n".join(draw(heading, rows) for heading, rows in blocks(tidy)) + "\n"
+    says = notes(tidy, "*" if format == "text" else "Bold")
+    if format == "latex":
+        return "\n\n".join(_latex(heading, rows, says) for heading, rows in blocks(tidy)) + "\n"
+    draw = _text if format == "text" else _markdown
+    shown = [draw(heading, rows) for heading, rows in blocks(tidy)]
+    return "\n\n".join([*shown, "\n".join(line for one in says for line in folded(one))]) + "\n"
+
+
+def folded(text: str) -> list[str]:
+    """A paragraph as lines no wider than a terminal."""
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _text(heading: str, rows: pd.DataFrame) -> str:
-    header, body = cells(rows, lambda value, interval, rank: f"{value}{'*' if rank == 1 else ' '} {interval}")
-    return "\n".join([heading, *wrapped(header, body)]) + "\n* best of its column; [low, high] 95 % interval"
+    header, body = cells(rows, lambda value, interval, ahead: f"{value}{'*' if ahead else ' '} {interval}")
+    return "\n".join([heading, *wrapped(header, body)])
 
 
 def wrapped(header: list[str], body: list[list[str]], names: int = 1) -> list[str]:
@@ -188,9 +221,8 @@ def pad(text: str, width: int) -> str:
 
 
 def _markdown(heading: str, rows: pd.DataFrame) -> str:
-    marks = {1: "**{}**", 2: "<u>{}</u>"}
     return markdown(heading, *cells(
-        rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)} {interval}"
+        rows, lambda value, interval, ahead: f"{'**' * ahead}{value}{'**' * ahead} {interval}"
     ))
 
 
@@ -207,21 +239,24 @@ def markdown_text(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|`*_[]<>#" else c for c in text.replace("\n", " "))
 
 
-def _latex(heading: str, rows: pd.DataFrame) -> str:
+def _latex(heading: str, rows: pd.DataFrame, says: list[str]) -> str:
     """Two lines a model: values, then intervals in small print."""
-    marks = {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}
     header, body = cells(
-        rows, lambda value, interval, rank: f"{marks.get(rank, '{}').format(value)}\n{{\\tiny {interval}}}"
+        rows, lambda value, interval, ahead: f"{bold(value) if ahead else value}\n{{\\tiny {interval}}}"
     )
     halves = [[cell.partition("\n") for cell in row] for row in body]
     lines = [[part[index] for part in row] for row in halves for index in (0, 2)]
-    return latex(heading, header, lines)
+    return latex(heading, header, lines, says)
+
+
+def bold(text: str) -> str:
+    return rf"\textbf{{{text}}}"
 
 
 LONG = 80  # characters, beyond which a cell is a paragraph
 
 
-def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]], says: Sequence[str] = ()) -> str:
     """A table environment that needs no package; the first column is escaped, other cells are LaTeX already."""
     drawn = [" & ".join(map(latex_text, header)) + r" \\"]
     drawn += [" & ".join([latex_text(row[0]), *row[1:]]) + r" \\" for row in body]
@@ -239,48 +274,18 @@ def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) ->
             *drawn[1:],
             r"\hline",
             r"\end{tabular}",
+            *latex_notes(says),
             r"\end{table}",
         ]
     )
 
 
+def latex_notes(says: Sequence[str]) -> list[str]:
+    """The small print under a table."""
+    text = " ".join(map(latex_text, says))
+    return [rf"\par\smallskip\parbox{{\linewidth}}{{\scriptsize {text}}}"] if says else []
+
+
 def latex_text(text: str) -> str:
     """Text for any LaTeX document without a package; what its fonts lack is written as a code point."""
     return "".join(LATEX.get(c, c if c.isascii() else f"[U+{ord(c):04X}]") for c in text.replace("\n", " "))
-
-
-def summary_block(
-    group: tuple[str, float],
-    protocol: str,
-    lead: str,
-    models: Sequence[str],
-    plain: dict[str, pd.DataFrame],
-    gain: dict[str, pd.DataFrame],
-) -> str:
-    """One setting: the lead metric with interval and difference to base, the other metrics as numbers."""
-    judged = lead.startswith(JUDGE)
-    name = f"{metric_title(lead)} (exact judge)" if judged else metric_title(lead)
-    header = ["model", name, "difference to base", *(metric_title(m) for m in plain if m != lead)]
-    body = []
-    for model in models:
-        row = [model, _bracketed(plain[lead], model), _bracketed(gain.get(lead), model, "+")]
-        row += [_arrowed(plain[m], gain.get(m), model) for m in plain if m != lead]
-        body.append(row)
-    rows = plain[lead].reset_index().assign(prompt_set=group[0], guidance=group[1], protocol=protocol)
-    return "\n".join([" · ".join(setting(rows)), *wrapped(header, body)])
-
-
-def _bracketed(rows: pd.DataFrame | None, model: str, sign: str = "") -> str:
-    if rows is None or model not in rows.index:
-        return "-"
-    row, places = rows.loc[model], column_digits(rows)
-    return f"{row['value']:{sign}.{places}f} [{row['low']:{sign}.{places}f}, {row['high']:{sign}.{places}f}]"
-
-
-def _arrowed(rows: pd.DataFrame, gain: pd.DataFrame | None, model: str) -> str:
-    if model not in rows.index:
-        return "-"
-    arrow = ""
-    if gain is not None and model in gain.index:
-        arrow = " ^" if gain.loc[model, "low"] > 0 else " v" if gain.loc[model, "high"] < 0 else ""
-    return f"{rows.loc[model, 'value']:.{column_digits(rows)}f}{arrow}"

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from bench.errors import BenchError
 from bench.stages import atomic_write
 from reports import cost, layouts, plots, sections, tables
+from reports.apart import RULE
 from reports.load import Runs
 from reports.pictures import AMOUNTS, Amount, gallery
-from reports.stats import JUDGE, Estimate
-from reports.verdict import findings, headline
+from reports.stats import JUDGE
+from reports.verdict import headline, verdicts
 
 MAX_MB = 20.0  # what most mail servers take
 MB = 1e6
@@ -58,11 +57,11 @@ def _environment() -> Any:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters |= {
-        "estimate": _estimate,
         "duration": cost.duration,
         "flops": cost.flops,
         "pretty": _pretty,
         "minus": sections.minus,
+        "whole": _whole,
     }
     return environment
 
@@ -70,7 +69,7 @@ def _environment() -> Any:
 def context(runs: Runs) -> dict[str, Any]:
     """Everything the template shows, but for the pictures."""
     palette = plots.colours(runs.models)
-    found = findings(runs)
+    found = verdicts(runs)
     prices = cost.costs(runs)
     lead = tables.lead_metric(runs)
     return {
@@ -84,15 +83,17 @@ def context(runs: Runs) -> dict[str, Any]:
         "lead": layouts.metric_title(lead),
         "judged": lead.startswith(JUDGE),
         "judge_title": layouts.JUDGE_TITLE,
+        "rule": RULE,
+        "one_seed": layouts.ONE_SEED,
         "reading": layouts.PROTOCOLS[tables.default_protocol(runs)],
         "first": found[0],
         "headline": headline(found),
-        "findings": found,
+        "clear": found,
         "price": {row["model"]: row for row in prices.to_dict("records")},
         "price_bars": sections.price_bars(runs, palette),
         "n_seeds": runs.scores["train_seed"].nunique(),
         "newest": str(runs.protocol.get("created", ""))[:10],
-        "settings": [sections.setting(runs, finding, palette, lead) for finding in found],
+        "settings": [sections.setting(runs, one, palette, lead) for one in found],
         "papers": sections.paper_tables(runs),
         "training": sections.training(runs, palette),
         "names": layouts.spoken_name,
@@ -102,15 +103,16 @@ def context(runs: Runs) -> dict[str, Any]:
 
 def pictures(runs: Runs, shown: dict[str, Any], amount: Amount) -> dict[str, Any]:
     """The galleries of all settings, and whether any was cut to make the page smaller."""
-    found = [gallery(runs, one["finding"].group, one["finding"].best, amount) for one in shown["settings"]]
+    found = [gallery(runs, one["verdict"].group, one["verdict"].best, amount) for one in shown["settings"]]
     return {"galleries": found, "reduced": amount is not AMOUNTS[0]}
 
 
-def _estimate(estimate: Estimate, sign: str = "", scale: float = 1, places: int | None = None) -> str:
-    value, low, high = (part * scale for part in estimate)
-    if places is None:
-        places = layouts.column_digits(pd.DataFrame({"low": [low], "high": [high]}))
-    return sections.minus(f"{value:{sign}.{places}f} [{low:{sign}.{places}f}, {high:{sign}.{places}f}]")
+def _whole(text: str) -> Any:
+    """The text, its words never broken at a hyphen: names of models have them."""
+    from markupsafe import Markup, escape
+
+    kept = Markup('<span class="nowrap">{}</span>')
+    return Markup(" ").join(kept.format(word) if "-" in word else escape(word) for word in text.split())
 
 
 def _pretty(value: Any) -> str:

@@ -15,7 +15,7 @@ from bench.errors import UsageError
 from reports import layouts, stats
 from reports.load import BASE, Runs
 from reports.published import PAPER, Published, published
-from reports.tables import FORMATS, group_scores, one_of
+from reports.tables import FORMATS, apart, group_scores, one_of
 
 COLUMNS = {
     "hpsv2": "HPS",
@@ -93,7 +93,7 @@ def build(
     scores = group_scores(runs, (name, scale))
     protocol = protocol or ("best" if len(scores.image_seeds) > 1 else "one")
     one_of(protocol, stats.PROTOCOLS, "--protocol")
-    tidy = _cells(runs, number, scores, protocol).assign(prompt_set=name, guidance=scale, protocol=protocol)
+    tidy = _cells(runs, number, (name, scale), protocol).assign(prompt_set=name, guidance=scale, protocol=protocol)
     what = {"mean": "Mean", "median": "Median", "winrate": "Win rate, %,"}[kind.stat]
     over = f" over {_measured(runs)[kind.against]}, ties half," if kind.against else ""
     place = SETS[kind.prompts][0]
@@ -138,13 +138,14 @@ def _measured(runs: Runs) -> dict[str, str]:
     return found | {label: label for label in runs.models if label not in found.values()}
 
 
-def _cells(runs: Runs, number: int, scores: stats.Scores, protocol: str) -> pd.DataFrame:
-    kind, measured, known = TABLES[number], _measured(runs), published()
+def _cells(runs: Runs, number: int, group: tuple[str, float], protocol: str) -> pd.DataFrame:
+    kind, measured, known, scores = TABLES[number], _measured(runs), published(), group_scores(runs, group)
     against = measured[kind.against] if kind.against else None
     nothing = Published(float("nan"), "", "", "", "")
     rows = []
     for metric in COLUMNS:
         found = {}
+        told = apart(runs, group, metric, kind.stat, protocol)
         if metric in scores.metrics:
             part = stats.compare(scores, metric, kind.stat, against, protocol)
             found = {row.model: row for row in part.itertuples()}
@@ -162,6 +163,8 @@ def _cells(runs: Runs, number: int, scores: stats.Scores, protocol: str) -> pd.D
                     **{n: scale * getattr(cell, n, float("nan")) for n in ("value", "low", "high")},
                     "n_prompts": getattr(cell, "n_prompts", 0),
                     "n_seeds": getattr(cell, "n_seeds", 0),
+                    "speaks_of": told.speaks_of,
+                    "ahead": label in found and label in told.ahead,
                     "stat": kind.stat,
                     "against": against or "",
                     "published": printed.value,
@@ -187,7 +190,8 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
     prompts = layouts.span(done["n_prompts"]) if len(done) else "no"
     notes = [
         f"Measured: base model {weights}, {prompts} prompts of {first['prompt_set']}, guidance "
-        f"{first['guidance']:g}, {reading}; brackets are 95 % intervals, paired over prompts."
+        f"{first['guidance']:g}, {reading}; {layouts.about(tidy)}.",
+        *layouts.notes(tidy, "Marked"),
     ]
     if gone and there:
         average = f"Average is that of {' and '.join(there)} alone" if len(there) > 1 else "so there is no Average"
@@ -221,23 +225,18 @@ def _differences(weights: str, first: pd.Series, images: int) -> list[str]:
     return found
 
 
-def ranks(part: pd.DataFrame) -> dict[str, int]:
-    """Row -> 1 for the best measured value of a column, 2 for the second."""
-    return layouts.ranks(part[part["value"].notna()].assign(model=lambda rows: rows["row"]))
-
-
-def grid(tidy: pd.DataFrame) -> tuple[list[str], list[tuple[str, str, list[tuple[str, str, int, str]]]]]:
-    """Header, and for each row (paper's name, measured label, cells of value, interval, rank, published)."""
+def grid(tidy: pd.DataFrame) -> tuple[list[str], list[tuple[str, str, list[tuple[str, str, bool, str]]]]]:
+    """Header, and for each row (paper's name, measured label, cells of value, interval, ahead, published)."""
     rows: dict[str, list] = {row: [] for row in tidy["row"].unique()}
     labels = dict(zip(tidy["row"], tidy["model"], strict=True))
     for _, part in tidy.groupby("metric", sort=False):
-        places, rank = layouts.column_digits(part[part["value"].notna()]), ranks(part)
+        places = layouts.column_digits(part[part["value"].notna()])
         for cell in part.itertuples():
             value = interval = ""
             if cell.value == cell.value:
-                value, interval = f"{cell.value:.{places}f}", f"[{cell.low:.{places}f}, {cell.high:.{places}f}]"
+                value, interval = layouts.number(cell.value, places), layouts.interval(cell.low, cell.high, places)
             printed = cell.published_text + "†" * (cell.published_kind == "derived")
-            rows[cell.row].append((value, interval, rank.get(cell.row, 0), printed))
+            rows[cell.row].append((value, interval, cell.ahead, printed))
     return [COLUMNS[m] for m in tidy["metric"].unique()], [(row, labels[row], c) for row, c in rows.items()]
 
 
@@ -256,21 +255,21 @@ def render(table: PaperTable, format: str) -> str:
 def _text(table: PaperTable) -> str:
     header, rows = grid(table.tidy)
 
-    def cell(value: str, interval: str, rank: int, printed: str) -> str:
-        mark = {1: "*", 2: "_"}.get(rank, " ")
-        return " ".join(part for part in (value and value + mark, interval, printed and f"({printed})") if part) or "-"
+    def cell(value: str, interval: str, ahead: bool, printed: str) -> str:
+        marked = value and value + ("*" if ahead else " ")
+        return " ".join(part for part in (marked, interval, printed and f"({printed})") if part) or "-"
 
     body = [[row, label or "-", *(cell(*c) for c in cells)] for row, label, cells in rows]
     lines = layouts.wrapped(["paper's row", "measured", *header], body, 2)
-    return "\n".join([table.title, *lines, "* best, _ second of the measured", *table.notes])
+    return "\n".join([table.title, *lines, *table.notes])
 
 
 def _markdown(table: PaperTable) -> str:
     header, rows = grid(table.tidy)
     clean = layouts.markdown_text
 
-    def cell(value: str, interval: str, rank: int, printed: str) -> str:
-        marked = {1: "**{}**", 2: "<u>{}</u>"}.get(rank, "{}").format(value) if value else ""
+    def cell(value: str, interval: str, ahead: bool, printed: str) -> str:
+        marked = f"**{value}**" if ahead else value
         return " ".join(part for part in (marked, interval, printed and f"({printed})") if part)
 
     lines = [[clean(row), clean(label), *(cell(*c) for c in cells)] for row, label, cells in rows]
@@ -286,7 +285,7 @@ def _latex(table: PaperTable) -> str:
     clean = layouts.latex_text
     lines = [" & ".join(["", *header])]
     for row, label, cells in rows:
-        marked = [{1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"}.get(c[2], "{}").format(c[0] or "--") for c in cells]
+        marked = [layouts.bold(c[0]) if c[2] else c[0] or "--" for c in cells]
         printed = [f" ({clean(c[3])})" if c[3] else "" for c in cells]
         lines.append(" & ".join([clean(row), *map("".join, zip(marked, printed, strict=True))]))
         if label:
@@ -305,7 +304,7 @@ def _latex(table: PaperTable) -> str:
             *drawn[1:],
             r"\hline",
             r"\end{tabular}",
-            r"\par\smallskip\parbox{\linewidth}{\scriptsize " + " ".join(map(clean, table.notes)) + "}",
+            *layouts.latex_notes(table.notes),
             r"\end{table}",
         ]
     )

@@ -13,7 +13,7 @@ from reports.layouts import spoken_name
 from reports.load import BASE, Runs
 from reports.signatures import signatures
 from reports.stats import AVERAGES, JUDGE
-from reports.verdict import Finding
+from reports.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Cell:
 
     value: str
     small: str
-    rank: int = 0
+    ahead: bool = False
 
     @property
     def sort(self) -> str:
@@ -41,11 +41,11 @@ class View:
     metrics: tuple[list[str], list[list[Any]]] | None
 
 
-RANKED = "Bold is the best of a column, underlined the second; the judge's defects are better when lower."
 TESTED = (
-    "Each number is a p-value of Wilcoxon's signed-rank test over prompts, for these training seeds, corrected "
-    "(Holm) over all metrics and judge readings of a model; the averages repeat other metrics and have none. "
-    "Below it the smallest true difference that this comparison would find with 80 % power at the 5 % level."
+    "Each number is the two-sided p-value of the difference to base, from the same model of prompts and training seeds "
+    "as its interval, corrected (Holm) over all metrics and judge readings of a model; the averages repeat other "
+    "metrics and have none. Below it the smallest true difference that this comparison would find with 80 % power at "
+    "the 5 % level."
 )
 
 HEAT_MAPS = {
@@ -54,10 +54,10 @@ HEAT_MAPS = {
 }
 
 
-def setting(runs: Runs, finding: Finding, palette: dict[str, str], lead: str) -> dict[str, Any]:
+def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: str) -> dict[str, Any]:
     """Everything of one setting but its pictures, by the names the template uses."""
     names = [*tables.metric_names(runs), *tables.averaged(runs)]
-    where = {"prompt_set": finding.group[0], "guidance": finding.group[1], "metrics": names}
+    where = {"prompt_set": verdict.group[0], "guidance": verdict.group[1], "metrics": names}
     mean = tables.table(runs, "mean", **where)
     views = [_view("mean", "Mean", mean)]
     found: dict[str, Any] = {"forest": None, "bars": [], "panels": [], "charts": []}
@@ -71,20 +71,20 @@ def setting(runs: Runs, finding: Finding, palette: dict[str, str], lead: str) ->
             views.append(_view(key, f"Win rate over {against}", rate))
             found["bars"].append((against, _panels(rate, lambda rows, name: plots.winrates(rows, palette, name))))
         views.append(_tests(gain))
-        views.append(_agreement_view(runs, finding))
-        found["charts"] = _charts(runs, finding, mean, palette, lead)
+        views.append(_agreement_view(runs, verdict))
+        found["charts"] = _charts(runs, verdict, mean, palette, lead)
     views.append(_view("median", "Median", tables.table(runs, "median", **where)))
     if any(iteration > 1 for _, iteration in runs.models.values()):
         found["panels"] = _panels(mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
     rows = mean[mean["metric"] == lead]
     return found | {
-        "name": finding.group[0],
-        "guidance": f"{finding.group[1]:g}",
-        "finding": finding,
+        "name": verdict.group[0],
+        "guidance": f"{verdict.group[1]:g}",
+        "verdict": verdict,
         "views": [view for view in views if view],
         "caption": " · ".join(layouts.setting(rows)),
         "n_prompts": int(rows["n_prompts"].max()),
-        "signatures": signatures(runs, finding.group),
+        "signatures": signatures(runs, verdict.group),
     }
 
 
@@ -116,9 +116,9 @@ def _view(key: str, name: str, tidy: pd.DataFrame) -> View | None:
         return None
 
     def cells(rows: pd.DataFrame) -> tuple[list[str], list[list[Any]]]:
-        return layouts.cells(rows, lambda value, interval, rank: Cell(minus(value), minus(interval), rank))
+        return layouts.cells(rows, lambda value, interval, ahead: Cell(minus(value), minus(interval), ahead))
 
-    return View(key, name, layouts.caption(tidy), RANKED, *_halves(tidy, cells))
+    return View(key, name, layouts.caption(tidy), " ".join(layouts.notes(tidy, "Bold")), *_halves(tidy, cells))
 
 
 def _tests(gain: pd.DataFrame) -> View | None:
@@ -144,10 +144,10 @@ def _p(value: float) -> str:
 
 
 def _charts(
-    runs: Runs, finding: Finding, mean: pd.DataFrame, palette: dict[str, str], lead: str
+    runs: Runs, verdict: Verdict, mean: pd.DataFrame, palette: dict[str, str], lead: str
 ) -> list[tuple[str, str, Any]]:
     """(title, remark, plot): radar, efficiency, agreement, distribution of differences."""
-    scores, protocol = tables.group_scores(runs, finding.group), tables.default_protocol(runs)
+    scores, protocol = tables.group_scores(runs, verdict.group), tables.default_protocol(runs)
     found = []
     table = mean[~mean["metric"].str.startswith(JUDGE) & (mean["metric"] != AVERAGES[0])]
     wide = table.pivot(index="model", columns="metric", values="value")
@@ -165,7 +165,7 @@ def _charts(
                 drawn = charts.efficiency(rows, along, axis, runs.models, palette, name)
                 found.append((f"{name} against {axis.split(',')[0]}", "Bars are 95 % intervals.", safe(drawn)))
     changes = _changes(scores, protocol)
-    agreed = _agreement(runs, finding)
+    agreed = _agreement(runs, verdict)
     for unit, remark in HEAT_MAPS.items():
         square = agreement.matrix(agreed, unit)
         if len(square) > 1:
@@ -179,14 +179,14 @@ def _charts(
     return found
 
 
-def _agreement(runs: Runs, finding: Finding) -> pd.DataFrame:
+def _agreement(runs: Runs, verdict: Verdict) -> pd.DataFrame:
     metrics = tables.chosen_metrics(runs, None)
-    return agreement.setting(runs, finding.group, metrics, tables.default_protocol(runs))
+    return agreement.setting(runs, verdict.group, metrics, tables.default_protocol(runs))
 
 
-def _agreement_view(runs: Runs, finding: Finding) -> View | None:
-    """Each metric beside the exact judge, where there is one."""
-    rows = _agreement(runs, finding)
+def _agreement_view(runs: Runs, verdict: Verdict) -> View | None:
+    """Each metric beside the judge, where there is one."""
+    rows = _agreement(runs, verdict)
     if rows.empty or tables.JUDGE_PARTS[0] not in set(rows["second"]):
         return None
     header, body = agreement.with_judge(rows)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from bench.errors import UsageError, did_you_mean
 from reports import layouts, significance, stats
+from reports.apart import Apart, told_apart
 from reports.load import BASE, Runs
 
 FORMATS = ("text", "csv", "md", "latex", "json")
@@ -28,6 +29,7 @@ COLUMNS = [
     "protocol",
 ]
 TESTED = ["p", "p_holm", "detectable"]
+TOLD = ["spread", "speaks_of", "ahead"]
 
 
 def table(
@@ -46,7 +48,8 @@ def table(
     "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all metrics
     and the judge's main readings. protocol: one, mean or best image of a prompt; default the suite's.
     With `against` there are values in p, p_holm (corrected over a model's metrics) and detectable, see
-    `reports.significance`.
+    `reports.significance`. spread: the metric's standard deviation between prompts (none for win rates). speaks_of:
+    "checkpoints" with one training seed, else "methods". ahead: whether to mark the model, see `Apart.ahead`.
     """
     one_of(stat, stats.STATS, "--stat")
     protocol = protocol or default_protocol(runs)
@@ -63,18 +66,22 @@ def table(
             if metric not in scores.metrics or (against and against not in scores.models):
                 continue
             part = stats.compare(scores, metric, stat, against, protocol)
-            setting.append(part.assign(prompt_set=group[0], guidance=group[1], metric=metric))
+            told = apart(runs, group, metric, stat, protocol)
+            setting.append(part.assign(
+                prompt_set=group[0], guidance=group[1], metric=metric, speaks_of=told.speaks_of,
+                spread=float("nan") if stat == "winrate" else told.spread, ahead=part["model"].isin(told.ahead),
+            ))
         if not setting:
             continue
         rows = pd.concat(setting, ignore_index=True)
         parts.append(significance.annotate(rows) if against else rows)
     tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
     # the same columns whatever is asked for, so that the rows of several tables fit into one file
-    return tidy.assign(stat=stat, against=against or "", protocol=protocol).reindex(columns=COLUMNS + TESTED)
+    return tidy.assign(stat=stat, against=against or "", protocol=protocol).reindex(columns=COLUMNS + TESTED + TOLD)
 
 
 def render(tidy: pd.DataFrame, format: str = "text") -> str:
-    """Lay a tidy table out: text, md and latex side by side, the best marked; csv and json as tidy rows."""
+    """Lay a tidy table out: text, md and latex side by side, those ahead marked; csv and json as tidy rows."""
     one_of(format, FORMATS, "--format")
     if format == "csv":
         return tidy.to_csv(index=False, lineterminator="\n", float_format="%.8g")
@@ -97,6 +104,16 @@ def group_scores(runs: Runs, group: tuple[str, float]) -> stats.Scores:
     return runs.arrays[group]
 
 
+def apart(runs: Runs, group: tuple[str, float], metric: str, stat: str, protocol: str) -> Apart:
+    """Which models of a setting are told apart, tested with all guidance scales of its prompt set; computed once."""
+    key = (group[0], metric, stat, protocol)
+    if key not in runs.arrays:
+        family = [one for one in runs.groups if one[0] == group[0]]
+        found = told_apart([group_scores(runs, one) for one in family], metric, stat, protocol)
+        runs.arrays[key] = dict(zip(family, found, strict=True))
+    return runs.arrays[key][group]
+
+
 def metric_names(runs: Runs) -> list[str]:
     """All metrics of the runs, judge readings last."""
     return sorted(runs.scores["metric"].unique(), key=stats.metric_order)
@@ -114,7 +131,7 @@ def average_note(runs: Runs) -> str:
 
 
 def lead_metric(runs: Runs) -> str:
-    """What decides who won: the exact judge where the world has one, else the first metric."""
+    """What a verdict is about: the judge's utility where the world has a judge, else the first metric."""
     names = metric_names(runs)
     return JUDGE_PARTS[0] if JUDGE_PARTS[0] in names else names[0]
 
@@ -154,27 +171,3 @@ def chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
         one_of(metric, [*names, *stats.AVERAGES], "metrics")
         chosen.append(metric)
     return list(dict.fromkeys(chosen))
-
-
-def summary(runs: Runs) -> str:
-    """The comparison so far, as text: in each setting the lead metric with intervals, then the rest."""
-    lead = lead_metric(runs)
-    protocol = default_protocol(runs)
-    shown = [lead] + [
-        name for name in metric_names(runs) if not name.startswith(stats.JUDGE) and name != lead
-    ]
-    blocks = []
-    for group in runs.groups:
-        scores = group_scores(runs, group)
-        there = [name for name in shown if name in scores.metrics]
-        plain = {
-            name: stats.compare(scores, name, "mean", None, protocol).set_index("model") for name in there
-        }
-        gain = {
-            name: stats.compare(scores, name, "mean", BASE, protocol).set_index("model")
-            for name in there
-            if BASE in scores.models
-        }
-        blocks.append(layouts.summary_block(group, protocol, lead, list(scores.models), plain, gain))
-    notes = [layouts.SUMMARY_NOTE] + [f"note: {problem}" for problem in runs.problems]
-    return "\n\n".join(blocks + ["\n".join(notes)]) + "\n"

@@ -1,91 +1,157 @@
-"""Who won, and how sure one may be: one finding for each prompt set and guidance."""
+"""What is clear, and what is not: one verdict for each prompt set and guidance, in words and as data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
-from reports import stats
+from reports import layouts, stats, tables
+from reports.apart import METHODS, Apart
 from reports.load import BASE, Runs
 from reports.stats import Estimate
-from reports.tables import default_protocol, group_scores, lead_metric
+
+NAMED = 3  # more models than these are counted in a sentence
 
 
 @dataclass(frozen=True)
-class Finding:
-    """The best model of a setting by the lead metric.
+class Verdict:
+    """Which models of a setting are told apart by the lead metric (for how, see `reports.apart`).
 
-    gain: its paired difference to the base. rival: the best model of another method, and the paired
-    difference to it. Either is None where there is nothing to compare with.
+    order: the models, highest mean first. value: the mean of the first of them, gain: its paired difference to the
+    base, None where there is none. above, below: models told apart from the base. alike: the largest groups within
+    which no two models are told apart; two models in no group together are told apart, in the order of their means.
     """
 
     group: tuple[str, float]
-    best: str
+    metric: str
+    apart: Apart
+    order: list[str]
     value: Estimate
     gain: Estimate | None
-    winrate: Estimate | None
-    rival: str | None
-    margin: Estimate | None
+    above: list[str]
+    below: list[str]
+    alike: list[list[str]]
 
     @property
-    def beats_base(self) -> bool:
-        return self.gain is not None and self.gain.low > 0
+    def best(self) -> str:
+        """The highest mean, told apart or not."""
+        return self.order[0]
 
     @property
-    def beats_rival(self) -> bool:
-        return self.margin is None or self.margin.low > 0
+    def speaks_of(self) -> str:
+        return self.apart.speaks_of
 
     @property
-    def clear(self) -> bool:
-        """Whether the best model is clear of everything else."""
-        return self.best == BASE or ((self.gain is None or self.beats_base) and self.beats_rival)
+    def statement(self) -> str:
+        """What is clear, in one clause without a capital; its size is told elsewhere."""
+        others = self.order[1:]
+        near = [model for model in others if model not in self.apart.beats[self.best]]
+        unclear = "not told apart from " + listed(near, f"{len(near)} others")
+        if not others:
+            return f"only {self.best} was scored"
+        if BASE not in self.order:
+            return f"{self.best} highest, {unclear}" if near else f"{self._says([self.best])} than all others"
+        if self.above == [self.best]:
+            tail = f", {unclear}" if near else " and all others" if len(others) > 1 else ""
+            return f"{self._says(self.above)} than {BASE}{tail}"
+        if self.above:
+            tail = f"highest, {unclear}" if near else "above all others"
+            return f"{self._says(self.above)} than {BASE}, {self.best} {tail}"
+        noun = self.speaks_of.removesuffix("s")
+        if self.below:
+            return f"no {noun} is told apart above {BASE}, {self._says(self.below, higher=False)}"
+        return f"no {noun} is told apart from {BASE}"
+
+    def _says(self, models: Sequence[str], higher: bool = True) -> str:
+        """ "SPIN-3 is better", "these checkpoints of SFT and SPIN-3 score lower", "all 5 methods are better"."""
+        one, every = len(models) == 1, len(self.order) - 1
+        many = f"{'all' if len(models) == every else f'{len(models)} of'} {every} {self.speaks_of}"
+        if self.speaks_of == METHODS:
+            return f"{listed(models, many)} {'is' if one else 'are'} {'better' if higher else 'worse'}"
+        verb = f"score{'s' if one else ''} {'higher' if higher else 'lower'}"
+        if len(models) > NAMED:
+            return f"{many} {verb}"
+        return f"{'this checkpoint' if one else 'these checkpoints'} of {listed(models, many)} {verb}"
 
     @property
-    def headline(self) -> str:
-        if self.best == BASE:
-            return "No method improves on the base model"
-        if self.gain is not None and not self.beats_base:
-            return "No method is clearly better than the base model"
-        if not self.beats_rival:
-            return f"{self.best} leads, but not clearly over {self.rival}"
-        return f"{self.best} wins"
+    def title(self) -> str:
+        """The lead metric in words."""
+        judged = self.metric.startswith(stats.JUDGE)
+        return layouts.metric_title(self.metric) + (" (judge)" if judged else "")
+
+    @property
+    def told(self) -> int:
+        """How many pairs are told apart."""
+        return sum(map(len, self.apart.beats.values()))
+
+    def shown(self, estimate: Estimate, sign: str = "") -> str:
+        """ "+0.12 [+0.10, +0.14]", with the digits of its width."""
+        rows = pd.DataFrame([{**estimate._asdict(), "spread": self.apart.spread}])
+        places = layouts.column_digits(rows)
+        return f"{layouts.number(estimate.value, places, sign)} " + layouts.interval(*estimate[1:], places, sign)
+
+    @property
+    def listing(self) -> dict[str, str]:
+        """Everything that is clear, for a line of text or a row of a table."""
+        groups = "; ".join(", ".join(group) for group in self.alike) or "none, every pair is"
+        clear = {f"above {BASE}": self.above, f"below {BASE}": self.below} if BASE in self.order else {}
+        return {what: ", ".join(models) or "none" for what, models in clear.items()} | {"not told apart": groups}
+
+    def as_dict(self) -> dict[str, Any]:
+        """For programs: the above, and every pair with its estimate (first against second) and corrected p."""
+        pairs = self.apart.pairs.astype({"n_seeds": int}).astype(object)
+        return {
+            "prompt_set": self.group[0], "guidance": self.group[1], "metric": self.metric,
+            "speaks_of": self.speaks_of, "statement": self.statement, "highest_mean": self.best,
+            "above_base": self.above, "below_base": self.below, "not_told_apart": self.alike,
+            "pairs": pairs.where(pairs.notna(), None).to_dict("records"),
+        }
 
 
-def findings(runs: Runs) -> list[Finding]:
-    """One finding a setting; the page opens with the first (first prompt set, highest guidance)."""
+def verdicts(runs: Runs) -> list[Verdict]:
+    """One verdict a setting; the page opens with the first (first prompt set, highest guidance)."""
     sets = list(dict.fromkeys(name for name, _ in runs.groups))
     order = sorted(runs.groups, key=lambda group: (sets.index(group[0]), -group[1]))
-    return [_finding(runs, group) for group in order]
+    return [verdict(runs, group) for group in order]
 
 
-def headline(found: list[Finding]) -> str:
-    """What the page opens with: one winner, or, where the guidance scales of the first prompt set name different
-    models, each of them."""
-    same = [finding for finding in found if finding.group[0] == found[0].group[0]]
-    if len({finding.best for finding in same}) == 1:
-        return found[0].headline
-    verb = "wins" if all(finding.clear for finding in same) else "leads"
-    named = ["no method" if finding.best == BASE else finding.best for finding in same]
-    named[0] = f"{named[0].replace('no', 'No') if same[0].best == BASE else named[0]} {verb}"
-    return ", ".join(f"{name} at guidance {finding.group[1]:g}" for name, finding in zip(named, same, strict=True))
+def verdict(runs: Runs, group: tuple[str, float]) -> Verdict:
+    """The verdict of one setting, by the lead metric."""
+    scores, lead, protocol = tables.group_scores(runs, group), tables.lead_metric(runs), tables.default_protocol(runs)
+    apart = tables.apart(runs, group, lead, "mean", protocol)
+    plain = stats.compare(scores, lead, "mean", None, protocol)
+    plain = plain.sort_values("value", ascending=not stats.higher_is_better(lead), kind="stable")
+    order = list(plain["model"])
+    gain = None
+    if BASE in order and order[0] != BASE:
+        gain = _row(stats.compare(scores, lead, "mean", BASE, protocol), order[0])
+    above = [model for model in order if BASE in apart.beats[model]]
+    below = [model for model in order if BASE in order and model in apart.beats[BASE]]
+    return Verdict(group, lead, apart, order, _row(plain, order[0]), gain, above, below, apart.alike(order))
 
 
-def _finding(runs: Runs, group: tuple[str, float]) -> Finding:
-    scores, lead, protocol = group_scores(runs, group), lead_metric(runs), default_protocol(runs)
-    plain = stats.compare(scores, lead, "mean", None, protocol).set_index("model")
-    best = str(plain["value"].idxmax())
-    method = runs.models[best][0]
-    rivals = [model for model in plain.index if runs.models[model][0] not in (method, BASE)]
-    rival = str(plain.loc[rivals, "value"].idxmax()) if rivals else None
-    gain = winrate = None
-    if BASE in plain.index and best != BASE:
-        gain = _row(stats.compare(scores, lead, "mean", BASE, protocol), best)
-        winrate = _row(stats.compare(scores, lead, "winrate", BASE, protocol), best)
-    margin = _row(stats.compare(scores, lead, "mean", rival, protocol), best) if rival else None
-    return Finding(
-        group, best, _row(plain.reset_index(), best), gain, winrate, rival if margin else None, margin
-    )
+def headline(found: Sequence[Verdict]) -> str:
+    """What page and terminal open with: what is clear at every guidance scale of the first prompt set."""
+    said: dict[str, list[str]] = {}
+    for one in found:
+        if one.group[0] == found[0].group[0]:
+            said.setdefault(one.statement, []).append(f"{one.group[1]:g}")
+    if len(said) > 1:
+        text = "; ".join(f"at guidance {' and '.join(scales)} {statement}" for statement, scales in said.items())
+    else:
+        (text, scales), = said.items()
+        text = f"at every guidance scale {text}" if len(scales) > 1 else text
+    return text if text.startswith(tuple(found[0].order)) else text[0].upper() + text[1:]
+
+
+def listed(models: Sequence[str], many: str) -> str:
+    """ "SFT", "SFT and SPIN-3"; more than a sentence holds are `many`."""
+    if len(models) > NAMED:
+        return many
+    return " and ".join([", ".join(models[:-1]), models[-1]] if len(models) > 1 else models)
 
 
 def _row(rows: pd.DataFrame, model: str) -> Estimate | None:

@@ -158,7 +158,7 @@ def test_export_loads_whole_and_tells_protocol_and_scores(here, tmp_path):
     assert pipe("a red cat", num_inference_steps=1).images[0].size == (64, 64)
     card = (tmp_path / "model" / "README.md").read_text()
     for text in (run.id, "SPIN-Diffusion, iteration 1", "world:test", "guidance 1, 3", "protocol `mean`",
-                 "| base | ", "SPIN-1"):
+                 "| base | ", "SPIN-1", "- test at guidance 3: ", "about checkpoints", "One training seed"):
         assert text in card
     assert "SPIN-2" not in card
     with pytest.raises(UsageError, match="exists and is not empty"):

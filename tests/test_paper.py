@@ -62,6 +62,19 @@ def test_numbers_are_best_of_five_over_the_prompts(runs: Runs) -> None:
     assert set(one["protocol"]) == {"one"} and set(one["guidance"]) == {1.0}
 
 
+def test_marked_is_what_no_model_of_the_setting_is_told_apart_above(runs: Runs) -> None:
+    """Not the highest number, and never a published one."""
+    for number, stat in ((1, "mean"), (3, "winrate")):
+        built = paper.build(runs, number)
+        for metric, rows in built.tidy.groupby("metric"):
+            ahead = tables.apart(runs, ("test", 7.5), metric, stat, "best").ahead
+            assert set(rows.loc[rows["ahead"], "model"]) == set(ahead) - ({"base"} if number == 3 else set())
+        assert paper.render(built, "latex").count(r"\textbf{") == built.tidy["ahead"].sum() > 5
+        assert "One training seed" in paper.render(built, "text") and "about checkpoints" in " ".join(built.notes)
+    unmarked = paper.PaperTable(1, "t", built.tidy.assign(ahead=False), [])
+    assert "*" not in paper.render(unmarked, "text") and "**" not in paper.render(unmarked, "md").split("\n", 1)[1]
+
+
 def test_win_rates_leave_their_baseline_out(runs: Runs) -> None:
     for number, gone in ((3, "SD-1.5"), (4, "Diffusion-DPO (reproduced)")):
         tidy = paper.build(runs, number).tidy

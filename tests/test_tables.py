@@ -12,8 +12,9 @@ import pytest
 
 from bench import cli
 from bench.errors import UsageError
-from reports import tables
+from reports import significance, tables
 from reports.load import Runs, load_runs
+from reports.summary import summary
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,9 @@ def test_formats_for_people_name_their_protocol_and_set_the_judge_apart(runs: Ru
         "60 prompts",
         "2 training seeds",
         "mean over the images",
-        "exact judge",
+        "about methods",
+        "judge, a network that reads",
+        "told apart",
         "over base",
     ):
         assert words in shown
@@ -89,16 +92,52 @@ def test_formats_for_people_name_their_protocol_and_set_the_judge_apart(runs: Ru
     assert judged and not any("PickScore" in line for line in judged)
 
 
-def test_best_is_marked(runs: Runs) -> None:
-    tidy = tables.table(runs, prompt_set="test", guidance=3.0, metrics=["judge/utility", "judge/fade"])
-    best = tidy.loc[tidy["metric"] == "judge/utility"].set_index("model")["value"].idxmax()
-    least = tidy.loc[tidy["metric"] == "judge/fade"].set_index("model")["value"].idxmin()
-    markdown = tables.render(tidy, "md").splitlines()
-    line = next(line for line in markdown if line.startswith(f"| {best}"))
-    assert line.split("|")[2].strip().startswith("**")
-    line = next(line for line in markdown if line.startswith(f"| {least}"))
-    assert line.split("|")[3].strip().startswith("**")  # of a defect less is better
-    assert r"\textbf{" in tables.render(tidy, "latex") and r"\underline{" in tables.render(tidy, "latex")
+def test_marked_is_what_none_is_told_apart_above(runs: Runs) -> None:
+    """By hand from the pairs themselves: in every column, in every format, and nothing else is marked."""
+    metrics = ["judge/utility", "judge/fade"]
+    tidy = tables.table(runs, prompt_set="test", guidance=3.0, metrics=metrics)
+    for column, metric in enumerate(metrics, 2):
+        pairs = pd.concat([tables.apart(runs, ("test", scale), metric, "mean", "mean").pairs.assign(scale=scale)
+                           for scale in (1.0, 3.0)])
+        assert len(pairs) == 2 * 15
+        clear = pairs[(significance.holm(pairs["p"]) < 0.05) & (pairs["scale"] == 3)]
+        higher = (clear["value"] > 0) == (metric == "judge/utility")  # of a defect less is better
+        better, worse = (clear["first"].where(side, clear["second"]) for side in (higher, ~higher))
+        ahead = set(better) - set(worse)
+        assert 0 < len(ahead) < len(runs.models)
+        assert set(tidy.loc[tidy["ahead"] & (tidy["metric"] == metric), "model"]) == ahead
+        lines = [line.split("|") for line in tables.render(tidy, "md").splitlines() if line.startswith("| ")][2:]
+        assert {line[1].strip() for line in lines if line[column].strip().startswith("**")} == ahead
+        starred = [line for line in tables.render(tidy, "text").splitlines() if "* [" in line]
+        assert {line.split()[0] for line in starred} >= ahead
+    assert tables.render(tidy, "latex").count(r"\textbf{") == tidy["ahead"].sum()
+    assert r"\underline" not in tables.render(tidy, "latex")
+
+
+def test_where_nothing_is_told_apart_nothing_is_marked(runs: Runs) -> None:
+    alone = tables.table(runs, prompt_set="test", guidance=3.0, metrics=["clip"]).assign(ahead=False)
+    for format, mark in (("text", "* ["), ("md", "**"), ("latex", "textbf")):
+        shown = tables.render(alone, format)
+        assert mark not in shown and "Nothing is marked: no two models are told apart." in shown
+
+
+def test_what_rounds_to_nothing_has_no_sign_and_no_digits(runs: Runs) -> None:
+    """A difference a millionth of the spread between prompts, however sure."""
+    gain = tables.table(runs, "mean", "base", "test", 3.0, ["judge/utility"])
+    tiny = gain.assign(value=2e-7, low=-1e-7, high=5e-7)
+    assert "0.0000  [0.0000, 0.0000]" in tables.render(tiny, "text")
+    assert "+0.06" in tables.render(gain, "text")
+
+
+def test_programs_are_told_what_rows_speak_of(runs: Runs, tmp_path: Path) -> None:
+    one = load_runs([fake_runs.write_run(tmp_path, "sft", guidance=(3.0,))])
+    for found, word in ((runs, "methods"), (one, "checkpoints")):
+        tidy = tables.table(found, guidance=3.0, metrics=["judge/utility"])
+        rows = json.loads(tables.render(tidy, "json"))
+        assert {row["speaks_of"] for row in rows} == {word} and {row["ahead"] for row in rows} == {True, False}
+        assert set(pd.read_csv(io.StringIO(tables.render(tidy, "csv")))["speaks_of"]) == {word}
+        text = tables.render(tidy, "text")
+        assert f"about {word}" in text and ("One training seed" in text) == (found is one)
 
 
 def test_wide_text_is_folded_and_labels_are_escaped(runs: Runs) -> None:
@@ -111,10 +150,10 @@ def test_wide_text_is_folded_and_labels_are_escaped(runs: Runs) -> None:
 
 
 def test_summary(runs: Runs) -> None:
-    text = tables.summary(runs)
+    text = summary(runs)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
-    assert text.count("utility (exact judge)") == 4
+    assert text.count("utility (judge)") == 4 and "exact" not in text
     for model in runs.models:
         assert sum(line.startswith(f"{model} ") for line in lines) == 4
     assert "+0." in text and "[" in text
@@ -123,7 +162,7 @@ def test_summary(runs: Runs) -> None:
 def test_without_a_judge_the_first_metric_leads(tmp_path: Path) -> None:
     metrics = {"pickscore": fake_runs.METRICS["pickscore"], "clip": fake_runs.METRICS["clip"]}
     fake_runs.write_run(tmp_path, "sft", metrics=metrics)
-    text = tables.summary(load_runs(None, tmp_path))
+    text = summary(load_runs(None, tmp_path))
     assert "judge" not in text and "PickScore" in text
 
 
