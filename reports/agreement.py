@@ -1,12 +1,14 @@
-"""Do the metrics agree with each other and with the exact judge? Rank correlations, and models ranked apart.
+"""Do the metrics agree with each other and with the judge? Rank correlations, and models ranked apart.
 
 Three questions, because a metric can pass one and fail the next:
 
 - images: does it put all images of one setting (every model, prompt and sampling seed) in the same order?
 - changes: does it rise on the prompts on which the other rises, from base to the model (mean over training seeds)?
 - models: does it put the means of the models in the same order? Beside it stands how many pairs of models both
-  tell apart (95 % intervals of the paired difference clear of 0), and how many of those the other way round:
-  where a metric and the judge do that, the metric is being gamed.
+  tell apart (`reports.apart`), and how many of those the other way round: where a metric and the judge do that, the
+  metric is being gamed.
+
+The three are told together: a metric may order a handful of models well and see nothing in a single image.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import numpy as np
 import pandas as pd
 
 from reports import layouts, stats, tables
+from reports.apart import RULE
 from reports.load import BASE, Runs
 from reports.uncertainty import LEVEL
 
 STAT = "agreement"
 UNITS = ("images", "changes", "models")
 UNIT_TITLES = {"images": "over images", "changes": "over changes to base", "models": "over means of models"}
+LEVELS = {"images": "Image by image", "changes": "Prompt by prompt", "models": "Model by model"}
 RESAMPLES = 500
 FEWEST, WORK = 100, 8_000_000  # of many rows there are fewer resamples, about WORK ranked rows in all: their interval
 # is narrow, and 100 place its ends within a sixth of its width
@@ -31,9 +35,9 @@ CHUNK = 1_000_000  # rows ranked at a time: a few tens of MB
 COLUMNS = ["prompt_set", "guidance", "unit", "first", "second", "spearman", "low", "high", "kendall", "n",
            "n_prompts", "told_apart", "opposed", "opposed_models", "protocol"]
 NOTE = (
-    "Spearman's rank correlation; [low, high]: 95 % interval, bootstrap over prompts. Over changes to base: prompt by "
-    "prompt, all models together. Told apart: pairs of models whose difference both find clear of 0; opposed: those "
-    "of them that the two rank the other way round."
+    "Spearman's rank correlation; [low, high]: 95 % interval, bootstrap over prompts, for these models and training "
+    "seeds. Over changes to base: prompt by prompt, all models together. Told apart: pairs of models that both tell "
+    f"apart; opposed: those of them that the two rank the other way round. {RULE}"
 )
 
 
@@ -55,7 +59,7 @@ def setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], protoc
     """The rows of one prompt set and guidance; computed once for whoever asks."""
     key = (*group, tuple(metrics), protocol)
     if key not in runs.agreements:
-        runs.agreements[key] = _setting(tables.group_scores(runs, group), group, metrics, protocol)
+        runs.agreements[key] = _setting(runs, group, metrics, protocol)
     return runs.agreements[key]
 
 
@@ -69,7 +73,8 @@ def matrix(rows: pd.DataFrame, unit: str) -> pd.DataFrame:
     return found
 
 
-def _setting(scores: stats.Scores, group: tuple[str, float], metrics: Sequence[str], protocol: str) -> pd.DataFrame:
+def _setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], protocol: str) -> pd.DataFrame:
+    scores = tables.group_scores(runs, group)
     there = [name for name in metrics if name in scores.metrics]
     columns = [scores.metrics.index(name) for name in there]
     read = stats.per_prompt(scores, protocol)[..., columns]
@@ -77,7 +82,7 @@ def _setting(scores: stats.Scores, group: tuple[str, float], metrics: Sequence[s
     found = [(unit, *row) for unit, (rows, prompts) in values.items()
              for row in _over_rows(rows, prompts, len(scores.prompts))]
     found += [("models", *row) for row in _over_models(read)]
-    told = _told_apart(scores, there, protocol) if len(scores.models) > 1 else {}
+    told = _told_apart(runs, group, there, protocol) if len(scores.models) > 1 else {}
     rows = []
     for unit, first, second, *estimate, kendall, n in found:
         pair = (there[first], there[second])
@@ -207,21 +212,17 @@ def _interval(replicates: np.ndarray) -> stats.Estimate:
 
 # --- models told apart ---
 
-def _told_apart(scores: stats.Scores, metrics: Sequence[str], protocol: str) -> dict[tuple[str, str], tuple]:
+def _told_apart(runs: Runs, group: tuple[str, float], metrics: Sequence[str],
+                protocol: str) -> dict[tuple[str, str], tuple]:
     """(pairs of models told apart by both, of those ranked the other way round, which) by pair of metrics."""
-    signs: dict[str, dict[tuple[str, str], int]] = {metric: {} for metric in metrics}
-    for metric in metrics:
-        up = 1 if stats.higher_is_better(metric) else -1
-        for place, against in enumerate(scores.models[1:], 1):
-            for row in stats.compare(scores, metric, "mean", against, protocol).itertuples():
-                if row.model in scores.models[:place]:
-                    signs[metric][row.model, against] = up * (int(row.low > 0) - int(row.high < 0))
+    beats = {metric: tables.apart(runs, group, metric, "mean", protocol).beats for metric in metrics}
+    order = {metric: [(better, worse) for worse in runs.models for better in runs.models
+                      if worse in found.get(better, ())] for metric, found in beats.items()}
     found = {}
     for first, second in combinations(metrics, 2):
-        both = [pair for pair, sign in signs[first].items() if sign and signs[second].get(pair)]
-        opposed = [pair if signs[first][pair] > 0 else pair[::-1] for pair in both
-                   if signs[first][pair] != signs[second][pair]]
-        found[first, second] = len(both), len(opposed), "; ".join(f"{better} > {worse}" for better, worse in opposed)
+        opposed = [pair for pair in order[first] if pair[::-1] in order[second]]
+        both = len(opposed) + sum(pair in order[second] for pair in order[first])
+        found[first, second] = both, len(opposed), "; ".join(f"{better} > {worse}" for better, worse in opposed)
     return found
 
 
@@ -236,9 +237,16 @@ def render(tidy: pd.DataFrame, format: str = "text") -> str:
         return "nothing to compare: agreement needs at least two metrics and three images\n"
     draw, escaped = {"text": (_text, str), "md": (layouts.markdown, layouts.markdown_text),
                      "latex": (layouts.latex, layouts.latex_text)}[format]
-    shown = [draw(*block) for _, rows in tidy.groupby(["prompt_set", "guidance"], sort=False)
-             for block in _blocks(rows, escaped)]
-    return "\n\n".join([*shown, escaped(NOTE)]) + "\n"
+    shown = []
+    for _, rows in tidy.groupby(["prompt_set", "guidance"], sort=False):
+        said = sentence(rows)
+        shown += [_paragraph(f"{caption(rows)}. {said}", format, escaped)] if said else []
+        shown += [draw(*block) for block in _blocks(rows, escaped)]
+    return "\n\n".join([*shown, _paragraph(NOTE, format, escaped)]) + "\n"
+
+
+def _paragraph(text: str, format: str, escaped: Callable[[str], str]) -> str:
+    return "\n".join(layouts.folded(text)) if format == "text" else escaped(text)
 
 
 def _text(heading: str, header: list[str], body: list[list[str]]) -> str:
@@ -250,7 +258,7 @@ def _blocks(rows: pd.DataFrame, escaped: Callable[[str], str]) -> Iterator[tuple
     where = caption(rows)
     names = list(dict.fromkeys([*rows["first"], *rows["second"]]))
     if tables.JUDGE_PARTS[0] in names:
-        yield (f"agreement with the exact judge's {layouts.metric_title(tables.JUDGE_PARTS[0])} · {where}",
+        yield (f"agreement with the judge's {layouts.metric_title(tables.JUDGE_PARTS[0])} · {where}",
                *with_judge(rows))
         yield from _opposed_block(rows, where, escaped)
     for unit in UNITS:
@@ -270,10 +278,13 @@ def caption(rows: pd.DataFrame) -> str:
 
 
 def with_judge(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Header and body: each learned metric beside the judge's utility, in every unit."""
-    header = ["metric", *UNIT_TITLES.values(), "told apart by both", "opposed"]
+    """Header and body: each learned metric beside the judge's utility, in every unit, and of how many."""
+    beside = _beside_judge(rows)
+    counts = {unit: own["n"] for unit, own in beside.groupby("unit")}
+    header = ["metric", *(f"{title}, n {layouts.span(counts[unit])}" if unit in counts else title
+                          for unit, title in UNIT_TITLES.items()), "told apart by both", "opposed"]
     body = []
-    for metric, own in _beside_judge(rows).groupby("first", sort=False):
+    for metric, own in beside.groupby("first", sort=False):
         by = own.set_index("unit")
         line = [_estimate(by.loc[unit]) if unit in by.index else "-" for unit in UNITS]
         apart = ["-", "-"]
@@ -281,6 +292,20 @@ def with_judge(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
             apart = [str(by.loc["models", name]) for name in ("told_apart", "opposed")]
         body.append([layouts.metric_title(str(metric)), *line, *apart])
     return header, body
+
+
+def sentence(rows: pd.DataFrame) -> str:
+    """Which metrics rank as the judge does at which level, as far as their intervals show; "" without a judge.
+
+    With the judge: the interval of the rank correlation lies above 0; against it: below; neither: around it.
+    """
+    said = []
+    for unit, own in _beside_judge(rows).dropna(subset="spearman").groupby("unit", sort=False):
+        sides = {"with the judge": own["low"] > 0, "against it": own["high"] < 0,
+                 "neither": (own["low"] <= 0) & (own["high"] >= 0)}
+        named = {side: ", ".join(map(layouts.metric_title, own.loc[there, "first"])) for side, there in sides.items()}
+        said.append(f"{LEVELS[unit]} " + "; ".join(f"{side}: {names}" for side, names in named.items() if names) + ".")
+    return " ".join(said)
 
 
 def opposed(rows: pd.DataFrame) -> dict[str, str]:
@@ -301,8 +326,9 @@ def _beside_judge(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _estimate(row: pd.Series) -> str:
-    return "-" if np.isnan(row["spearman"]) else f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    value, low, high = row[["spearman", "low", "high"]]
+    return "-" if np.isnan(value) else f"{layouts.number(value, 2)} {layouts.interval(low, high, 2)}"
 
 
 def _number(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.2f}"
+    return "-" if np.isnan(value) else layouts.number(value, 2)

@@ -193,7 +193,8 @@ def _agreement_view(runs: Runs, verdict: Verdict) -> View | None:
     pairs = agreement.opposed(rows)
     cells = [[line[0], *map(_split, line[1:-1]), Cell(line[-1], pairs.get(line[0], ""))] for line in body]
     caption = f"rank correlation with the judge's utility · {agreement.caption(rows)}"
-    return View("agreement", "Agreement", caption, agreement.NOTE, None, (header, cells))
+    note = f"{agreement.sentence(rows)} {agreement.NOTE}"
+    return View("agreement", "Agreement", caption, note, None, (header, cells))
 
 
 def _split(text: str) -> Cell | str:

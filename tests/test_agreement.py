@@ -80,6 +80,38 @@ def test_a_gamed_metric_is_told(tmp_path: Path) -> None:
     assert agreement.opposed(tidy) == {"CLIP": against["opposed_models"]} and against["opposed_models"] in text
 
 
+def test_the_sentence_tells_every_level_by_hand() -> None:
+    """A metric that orders models as the judge does may order nothing else so, and that is said."""
+    found = {"images": {"pickscore": (0.2, 0.4), "clip": (-0.3, -0.1), "aesthetic": (0.1, 0.3)},
+             "changes": {"pickscore": (-0.1, 0.1), "clip": (0.0, 0.2), "aesthetic": (0.1, 0.3)},
+             "models": {"pickscore": (0.5, 1.0), "clip": (0.5, 1.0), "aesthetic": (np.nan, np.nan)}}
+    rows = pd.DataFrame([(first, "judge/utility", unit, (low + high) / 2, low, high)
+                         for unit, metrics in found.items() for first, (low, high) in metrics.items()],
+                        columns=["first", "second", "unit", "spearman", "low", "high"])
+    assert agreement.sentence(rows) == (
+        "Image by image with the judge: PickScore, Aesthetic; against it: CLIP. "
+        "Prompt by prompt with the judge: Aesthetic; neither: PickScore, CLIP. "
+        "Model by model with the judge: PickScore, CLIP."
+    )
+    assert agreement.sentence(rows.assign(second="clip")) == ""
+
+
+def test_no_level_is_told_alone(runs: Runs) -> None:
+    """Text and page: the sentence, and each level with its interval and count beside the others."""
+    tidy = agreement.table(runs, guidance=3.0)
+    text = agreement.render(tidy)
+    said = agreement.sentence(tidy)
+    assert said in " ".join(text.split()) and all(level in said for level in agreement.LEVELS.values())
+    assert "over images, n 660  over changes to base, n 300  over means of models, n 6" in " ".join(
+        text.split("\n\n")[1].splitlines()[1].split("metric")[1:]).strip()
+    line = next(line for line in text.splitlines() if line.startswith("PickScore") and line.count("[") == 3)
+    for unit in agreement.UNITS:
+        row = one(tidy, unit, "pickscore", "judge/utility")
+        assert f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" in line
+    header, body = agreement.with_judge(tidy)
+    assert len(header) == 6 and {len(row) for row in body} == {6}
+
+
 def test_ranks_are_those_of_the_resample() -> None:
     """Against rows repeated as often as they were drawn, ties included."""
     rng = np.random.default_rng(0)
@@ -136,6 +168,7 @@ def test_computed_once_for_table_and_page(tmp_path: Path, monkeypatch: pytest.Mo
     agreement.table(loaded)
     assert sorted(calls) == sorted(loaded.groups)
     assert "Do the metrics agree? Over changes to base" in html and "told apart by both" in html
+    assert agreement.sentence(agreement.table(loaded, metrics=None)) in html
     value = agreement.matrix(agreement.table(loaded, guidance=3.0), "changes").loc["pickscore", "clip"]
     assert f"PickScore and CLIP {value:.2f}" in html
 
@@ -143,7 +176,7 @@ def test_computed_once_for_table_and_page(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("format", ["text", "md", "latex"])
 def test_formats_for_people(runs: Runs, format: str) -> None:
     shown = agreement.render(agreement.table(runs, guidance=3.0), format)
-    for words in ("agreement with the exact judge", "over changes to base", "guidance 3", "60 prompts", "PickScore"):
+    for words in ("agreement with the judge", "over changes to base", "guidance 3", "60 prompts", "PickScore"):
         assert words in shown
     if format == "text":
         assert max(map(len, shown.splitlines()[:-1])) <= 140 and "Aesthetic" in shown
