@@ -44,8 +44,8 @@ class View:
 TESTED = (
     "Each number is the two-sided p-value of the difference to base, from the same model of prompts and training seeds "
     "as its interval, corrected (Holm) over all metrics and judge readings of a model; the averages repeat other "
-    "metrics and have none. Below it the smallest true difference that this comparison would find with 80 % power at "
-    "the 5 % level."
+    "metrics and have none. Verdicts and bold are by one metric, and corrected over pairs of models. Below p the "
+    "smallest true difference that this comparison would find with 80 % power at the 5 % level."
 )
 
 HEAT_MAPS = {
