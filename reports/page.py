@@ -108,11 +108,12 @@ def pictures(runs: Runs, shown: dict[str, Any], amount: Amount) -> dict[str, Any
 
 
 def _whole(text: str) -> Any:
-    """The text, its words never broken at a hyphen: names of models have them."""
+    """The text, no word broken at a hyphen that fits a phone's line: names of models have them."""
     from markupsafe import Markup, escape
 
     kept = Markup('<span class="nowrap">{}</span>')
-    return Markup(" ").join(kept.format(word) if "-" in word else escape(word) for word in text.split())
+    words = ((word, "-" in word and len(word) <= 20) for word in text.split())
+    return Markup(" ").join(kept.format(word) if whole else escape(word) for word, whole in words)
 
 
 def _pretty(value: Any) -> str:

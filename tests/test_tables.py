@@ -12,7 +12,7 @@ import pytest
 
 from bench import cli
 from bench.errors import UsageError
-from reports import significance, tables
+from reports import layouts, significance, tables
 from reports.load import Runs, load_runs
 from reports.summary import summary
 
@@ -142,6 +142,8 @@ def test_programs_are_told_what_rows_speak_of(runs: Runs, once: Runs) -> None:
         assert {row["speaks_of"] for row in rows} == {word}
         assert [row["ahead"] for row in rows] == tidy["ahead"].tolist() and (found is runs or any(tidy["ahead"]))
         assert set(pd.read_csv(io.StringIO(tables.render(tidy, "csv")))["speaks_of"]) == {word}
+        mixed = tidy.assign(speaks_of=["checkpoints", *["methods"] * (len(tidy) - 1)])
+        assert layouts.about(mixed).endswith("about checkpoints") and layouts.about(tidy).endswith(f"about {word}")
         text = tables.render(tidy, "text")
         assert f"about {word}" in text and ("One training seed" in text) == (found is once)
 
