@@ -127,21 +127,10 @@ def _pairs(scores: stats.Scores, metric: str, stat: str, protocol: str) -> pd.Da
         if stat == "winrate":  # says how often, never by how much
             size = pd.Series([_typical(data[scores.models.index(m)], data[place]) for m in rows["first"]], rows.index)
         size = size / spread if spread > 0 else np.sign(size) * np.inf
-        found.append(rows.assign(second=second, p=_p(rows, _even(stat)), p_holm=np.nan, size=size)[columns])
+        found.append(rows.assign(second=second, p_holm=np.nan, size=size)[columns])
     return pd.concat(found[1:] or found, ignore_index=True)
 
 
 def _typical(first: np.ndarray, second: np.ndarray) -> float:
     """Root mean square of the differences, prompt by prompt."""
     return float(np.sqrt((np.ma.masked_invalid(first - second) ** 2).mean()))
-
-
-def _p(rows: pd.DataFrame, even: float) -> np.ndarray:
-    """Two-sided p-values. FALLBACK until `stats.compare` gives them: a normal law as wide as the interval."""
-    if "p" in rows:
-        return rows["p"].to_numpy()
-    from scipy.stats import norm
-
-    distance, error = (rows["value"] - even).abs().to_numpy(), (rows["high"] - rows["low"]).to_numpy() / 3.919928
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(distance > 0, 2 * norm.sf(distance / error), 1.0)
