@@ -12,8 +12,9 @@ from PIL import Image
 from bench.data import drawings, world
 from bench.errors import BenchError
 from bench.mini import MINI_WEIGHTS, pools
-from bench.mini import judge as judging
-from bench.mini.judge import OPTIONS, Judge, JudgeNet, train_judge
+from bench.mini import judge_training as judging
+from bench.mini.judge import OPTIONS, Judge, JudgeNet, scenes
+from bench.mini.judge_training import train_judge
 
 ASKED = "a small red circle to the left of a large blue ring on a navy background"
 
@@ -75,7 +76,7 @@ def test_reading_and_exact_labels_agree_on_a_drawing():
     attributes, defects = judging.targets(items)
     reading = {name: value.clamp(min=0).numpy() for name, value in attributes.items()}
     reading |= dict(zip(world.DEFECTS, defects.numpy().T, strict=True))
-    for item, scene in zip(items, judging.scenes(reading), strict=True):
+    for item, scene in zip(items, scenes(reading), strict=True):
         assert scene == item.drawn
         assert world.alignment(item.asked, scene) == item.alignment
 

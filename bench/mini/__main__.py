@@ -1,7 +1,7 @@
 """`python -m bench.mini` trains every network of the embedded default from nothing and puts it into the package.
 
-Stages in order: vae, denoiser, judge, samples, clip, pickscore, aesthetic, hpsv2, imagereward. Each is skipped when
-its result is there for the same settings, and goes on from its checkpoint when it was killed.
+Stages in order: vae, denoiser, judge, judge2, samples, clip, pickscore, aesthetic, hpsv2, imagereward. Each is skipped
+when its result is there for the same settings, and goes on from its checkpoint when it was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from bench.cache import encode_images
 from bench.data import drawings, load_prompts
 from bench.mini import MINI_WEIGHTS, denoiser, rankers, scorers, vae
-from bench.mini.judge import Judge, train_judge
+from bench.mini.judge import Judge
+from bench.mini.judge_training import train_judge
 from bench.mini.pools import Pool, rendered
 from bench.mini.text import build_tokenizer
 from bench.models import load_pipeline
@@ -32,6 +33,7 @@ PLAN: dict[str, dict[str, Any]] = {
     "vae": {"steps": 5500, "images": 24_000},
     "denoiser": {"cycles": [(5000, 1e-3), (3000, 7e-4)], "images": 40_000},
     "judge": {"steps": 4000, "pool": 30_000},
+    "judge2": {"steps": 3500, "pool": 30_000, "seed": 100, "trunk": "convnext", "half": True},
     "samples": {"prompts": 400},
     "clip": {"steps": 2500, "pool": 24_000},
     "pickscore": {"steps": 3000, "pairs": 20_000},
@@ -39,7 +41,8 @@ PLAN: dict[str, dict[str, Any]] = {
     "hpsv2": {"steps": 4000, "rankings": 9000},
     "imagereward": {"steps": 4000, "pairs": 20_000},
 }
-NEEDS = {"vae": (), "denoiser": ("vae",), "judge": ("vae",), "samples": ("denoiser", "judge"), "clip": ("vae",),
+NEEDS = {"vae": (), "denoiser": ("vae",), "judge": ("vae",), "judge2": ("vae",),
+         "samples": ("denoiser", "judge"), "clip": ("vae",),
          "pickscore": ("clip", "samples"), "aesthetic": ("clip", "samples"),
          "hpsv2": ("clip", "samples"), "imagereward": ("clip", "samples")}
 SCORERS: dict[str, Callable[..., None]] = {
@@ -104,6 +107,11 @@ class Builder:
         train_judge(folder, self.checkpoint("judge"), seed=SEED, roundtrip=self.roundtrip, device=self.device,
                     **PLAN["judge"])
 
+    def judge2(self, folder: Path) -> None:
+        """The second judge, of other drawings and another architecture; nothing is ever trained on what it says."""
+        train_judge(folder, self.checkpoint("judge2"), measured_on=SEED + 1, roundtrip=self.roundtrip,
+                    device=self.device, **PLAN["judge2"])
+
     def samples(self, folder: Path) -> None:
         """Generated pairs for the scorers (rows 2k and 2k + 1 share a prompt), rated by the judge."""
         pipe = load_pipeline(self.stage("denoiser").directory, self.device)
@@ -131,7 +139,7 @@ class Builder:
 
     def install(self) -> None:
         """Copy what is finished to where the package looks for it."""
-        for name in ("denoiser", "judge", "clip", "pickscore", "aesthetic", "hpsv2", "imagereward"):
+        for name in ("denoiser", "judge", "judge2", "clip", "pickscore", "aesthetic", "hpsv2", "imagereward"):
             stage = self.stage(name)
             if stage.done:
                 target = self.out / {"denoiser": "pipeline"}.get(name, name)

@@ -1,8 +1,9 @@
-"""The exact judge: a small network that reads every attribute and defect off any image of the drawn world.
+"""The judge: a small network that reads every attribute and defect off any image of the drawn world.
 
-It is the miniature's ground truth for generated images, as a drawing's own labels are for drawn ones, and not
-one metric among the others. How well it reads held-out drawings and their round trips through the autoencoder
-is stored beside its weights, in accuracy.json.
+What a drawing shows is known exactly; what a generated image shows is read, and readings err. So there are two judges,
+of other architecture, seed and drawings: one that rates samples, and a second that is never used in training anything
+and says how far the first can be trusted (bench.mini.warrant). How well each reads held-out drawings and their round
+trips through the autoencoder is stored beside its weights, in accuracy.json.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import gelu
 
-from bench.data import drawings, world
-from bench.data.drawings import Drawing
-from bench.errors import BenchError, first_line
+from bench.data import world
+from bench.errors import BenchError, did_you_mean, first_line
 from bench.mini import MINI_WEIGHTS
-from bench.mini.fit import fit
-from bench.mini.pools import Pool, RoundTrip, pair_pool, pairwise, rendered, rounded
 from bench.progress import track
 from bench.stages import atomic_write
 from metrics.base import Images, check_lengths, to_rgb, weights_digest
@@ -38,9 +37,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
        for kind, options in (("size", world.SIZES), ("colour", world.COLOURS), ("shape", world.SHAPES))},
 }
 """What the judge tells apart, by attribute (named as in `world.attributes`)."""
-ABSENT = -100  # the label of an attribute that the drawing does not have; cross entropy skips it
-DEFECT_LOSS_WEIGHT = 20.0  # brings the squared errors of the severities to the scale of the cross entropies
+BUNDLED = {"mini": MINI_WEIGHTS / "judge", "mini-second": MINI_WEIGHTS / "judge2"}
+"""The judges that come with bench, by name."""
+SCORES = ("utility", "alignment", "aesthetics", *world.DEFECTS)
 
+
+# --- networks: what sees, by name; the heads that read are the same for all ---
 
 class _Residual(nn.Module):
     def __init__(self, width: int):
@@ -53,23 +55,66 @@ class _Residual(nn.Module):
         return torch.relu(x + self.body(x))
 
 
-class JudgeNet(nn.Module):
-    """A residual CNN of about a million parameters: [N, 3, 64, 64] in [-1, 1] to logits and severities."""
+def _residual_trunk(hidden: int, widths: Sequence[int] = (32, 48, 96, 128), squeezed: int = 24) -> nn.Sequential:
+    """Overlapping 3x3 convolutions with batch norm and ReLU, halved to an 8x8 map; 0.97 million parameters."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
+                               nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    for narrow, wide in pairwise_of(widths):
+        layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wide),
+                   nn.ReLU(), _Residual(wide)]
+    # The places of the 8x8 map are kept apart: which object is first, and by how much it is displaced.
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], squeezed, 1), nn.Flatten(),
+                         nn.Linear(squeezed * 64, hidden), nn.ReLU())
 
-    def __init__(self, widths: Sequence[int] = (32, 48, 96, 128), squeezed: int = 24, hidden: int = 192):
+
+class _ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [N, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _ConvNext(nn.Module):
+    """x + W2 gelu(W1 norm(depthwise 7x7(x))) (Liu et al. 2022)."""
+
+    def __init__(self, width: int):
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-                                   nn.BatchNorm2d(widths[0]), nn.ReLU()]
-        for narrow, wide in pairwise_of(widths):
-            layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wide),
-                       nn.ReLU(), _Residual(wide)]
-        # The places of the 8x8 map are kept apart: which object is first, and by how much it is displaced.
-        layers += [nn.Conv2d(widths[-1], squeezed, 1), nn.Flatten(),
-                   nn.Linear(squeezed * 64, hidden), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
-        self.attributes = nn.ModuleDict({name: nn.Linear(hidden, len(options))
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.narrow(gelu(self.widen(inner))).permute(0, 3, 1, 2)
+
+
+def _convnext_trunk(hidden: int, widths: tuple[int, int] = (48, 96), depths: tuple[int, int] = (2, 4),
+                    squeezed: int = 24) -> nn.Sequential:
+    """ConvNeXt on patches of 4x4 pixels, halved once to an 8x8 map; 0.63 million parameters."""
+    fine, coarse = widths
+    return nn.Sequential(nn.Conv2d(3, fine, 4, stride=4), _ChannelNorm(fine),
+                         *(_ConvNext(fine) for _ in range(depths[0])),
+                         _ChannelNorm(fine), nn.Conv2d(fine, coarse, 2, stride=2),
+                         *(_ConvNext(coarse) for _ in range(depths[1])),
+                         _ChannelNorm(coarse), nn.Conv2d(coarse, squeezed, 1), nn.Flatten(),
+                         nn.Linear(squeezed * 64, hidden), nn.GELU())
+
+
+TRUNKS = {"residual": (_residual_trunk, 192), "convnext": (_convnext_trunk, 160)}
+"""Architectures with the number of their features."""
+
+
+class JudgeNet(nn.Module):
+    """A trunk of TRUNKS and the heads that read its features: [N, 3, 64, 64] in [-1, 1] to logits and severities."""
+
+    def __init__(self, trunk: str = "residual"):
+        super().__init__()
+        make, features = TRUNKS[trunk]
+        self.kind = trunk
+        self.trunk = make(features)
+        self.attributes = nn.ModuleDict({name: nn.Linear(features, len(options))
                                          for name, options in OPTIONS.items()})
-        self.defects = nn.Linear(hidden, len(world.DEFECTS))
+        self.defects = nn.Linear(features, len(world.DEFECTS))
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Returns logits [N, options] by attribute, and severities [N, 5] in [0, 1], all fp32."""
@@ -91,31 +136,33 @@ class Judge:
 
     @classmethod
     def load(cls, folder: str | Path = "mini", device: str = "cpu") -> Judge:
-        """Load judge.safetensors from a folder; "mini" is the bundled one."""
-        folder = MINI_WEIGHTS / "judge" if folder == "mini" else Path(folder)
-        path = folder / "judge.safetensors"
+        """Load judge.safetensors from a folder, or one of the BUNDLED by name."""
+        path = BUNDLED.get(str(folder), Path(folder)) / "judge.safetensors"
         if not path.is_file():
-            raise BenchError(f"no judge at {path}; build it with `python -m bench.mini`")
-        network = JudgeNet()
+            raise BenchError(f"no judge at {path}{did_you_mean(str(folder), BUNDLED)}; the bundled ones are "
+                             f"{', '.join(BUNDLED)}, built with `python -m bench.mini`")
         try:
+            with safe_open(path, "pt") as file:
+                network = JudgeNet((file.metadata() or {}).get("trunk", "residual"))
             network.load_state_dict({name: value.float() if value.is_floating_point() else value
                                      for name, value in load_file(path).items()})
-        except RuntimeError as error:
+        except (RuntimeError, KeyError, SafetensorError) as error:
             raise BenchError(f"{path} does not hold a judge: {first_line(error)}") from error
-        report = folder / "accuracy.json"
+        report = path.with_name("accuracy.json")
         return cls(network, device, accuracy=json.loads(report.read_text()) if report.exists() else None)
 
-    def save(self, folder: Path) -> None:
-        """Write judge.safetensors and accuracy.json."""
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write judge.safetensors, its floating-point weights as `dtype`, and accuracy.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.network.state_dict().items()},
-                  folder / "judge.safetensors")
+        save_file({name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+                   for name, value in self.network.state_dict().items()},
+                  folder / "judge.safetensors", {"trunk": self.network.kind})
         atomic_write(folder / "accuracy.json", json.dumps(self.accuracy, indent=1) + "\n")
 
     def info(self) -> dict[str, Any]:
         """Which judge this is and how far to trust it; for the protocol."""
-        return {"version": "exact judge of the drawn world", "checkpoint": weights_digest(self.network),
-                "scale": "0 to 1", "accuracy": self.accuracy}
+        return {"version": f"judge of the drawn world, {self.network.kind} network",
+                "checkpoint": weights_digest(self.network), "scale": "0 to 1", "accuracy": self.accuracy}
 
     @torch.inference_mode()
     def read(self, images: Images) -> dict[str, np.ndarray]:
@@ -123,7 +170,7 @@ class Judge:
         logits, severities = [], []
         with track(None, "judging", total=len(images), unit="image") as bar:
             for start in range(0, len(images), self.batch_size):
-                batch = _pixels(images[start:start + self.batch_size]).to(self.device)
+                batch = to_pixels(images[start:start + self.batch_size]).to(self.device)
                 read, defects = self.network(batch)
                 logits.append({name: value.argmax(1).cpu() for name, value in read.items()})
                 severities.append(defects.cpu())
@@ -132,22 +179,23 @@ class Judge:
         return attributes | dict(zip(world.DEFECTS, torch.cat(severities).numpy().T, strict=True))
 
     def score(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The exact quantities of `bench.data.world` as read off the images: float32 [N] each.
+        """The quantities of `bench.data.world` as read off the images, by SCORES: float32 [N] each.
 
         "utility", "alignment" and "aesthetics" (higher is better); each defect's severity (lower is better).
         """
         check_lengths(images, prompts)
-        asked = [_parse(prompt) for prompt in prompts]
-        if not asked:
-            return {name: np.empty(0, np.float32)
-                    for name in ("utility", "alignment", "aesthetics", *world.DEFECTS)}
-        reading = self.read(images)
-        alignment = np.array([world.alignment(*pair) for pair in zip(asked, scenes(reading), strict=True)])
-        defects = {name: reading[name] for name in world.DEFECTS}
-        aesthetics = world.aesthetics(np.stack(list(defects.values()), axis=-1))
-        values = {"utility": world.utility(alignment, aesthetics), "alignment": alignment,
-                  "aesthetics": aesthetics, **defects}
-        return {name: value.astype(np.float32) for name, value in values.items()}
+        asked = [parse(prompt) for prompt in prompts]
+        return rated(self.read(images), asked) if asked else {name: np.empty(0, np.float32) for name in SCORES}
+
+
+def rated(reading: dict[str, np.ndarray], asked: Sequence[world.Scene]) -> dict[str, np.ndarray]:
+    """What a reading is worth where these scenes were asked for, by SCORES: float32 [N] each."""
+    alignment = np.array([world.alignment(*pair) for pair in zip(asked, scenes(reading), strict=True)])
+    defects = {name: reading[name] for name in world.DEFECTS}
+    aesthetics = world.aesthetics(np.stack(list(defects.values()), axis=-1))
+    values = {"utility": world.utility(alignment, aesthetics), "alignment": alignment,
+              "aesthetics": aesthetics, **defects}
+    return {name: value.astype(np.float32) for name, value in values.items()}
 
 
 def scenes(reading: dict[str, np.ndarray]) -> list[world.Scene]:
@@ -163,90 +211,18 @@ def _scene(shown: dict[str, str]) -> world.Scene:
     return world.Scene(things, "single" if count == 1 else shown["arrangement"], shown["background"])
 
 
-def _parse(prompt: str) -> world.Scene:
+def parse(prompt: str) -> world.Scene:
+    """The scene that a caption asks for; BenchError for any other text."""
     try:
         return world.parse(prompt)
     except ValueError as error:
-        raise BenchError(f"the exact judge knows the drawn world's captions only: {error}") from error
+        raise BenchError(f"the judge knows the drawn world's captions only: {error}") from error
 
 
-def _pixels(images: Images) -> Tensor:
+def to_pixels(images: Images) -> Tensor:
     """fp32 [N, 3, 64, 64] in [-1, 1]; images of another size are resized."""
     size = (world.SIZE, world.SIZE)
     if not isinstance(images, np.ndarray) or images.shape[1:3] != size:
         rgb = [to_rgb(image) for image in images]
         images = np.stack([np.asarray(image if image.size == size else image.resize(size)) for image in rgb])
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-# --- training ---
-
-def train_judge(folder: Path, checkpoint: Path, *, seed: int = 0, steps: int = 6000, batch_size: int = 96,
-                lr: float = 2e-3, pool: int = 30_000, held_out: int = 2000,
-                roundtrip: RoundTrip | None = None, device: str = "cpu") -> Judge:
-    """Train on labelled drawings and round trips of half of them; save to `folder` with the accuracy.
-
-    A killed training goes on from `checkpoint`.
-    """
-    torch.manual_seed(seed)
-    network = JudgeNet().to(device, memory_format=torch.channels_last)
-    items = [drawings.labelled(seed, index) for index in range(pool)]
-    images = rendered(items)
-    if roundtrip is not None:
-        items = items + items[:pool // 2]
-        images = np.concatenate([images, roundtrip(images[:pool // 2])])
-    attributes, defects = targets(items)
-
-    def loss(step: int) -> Tensor:
-        picks = np.random.default_rng([seed, step]).integers(len(images), size=batch_size)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            logits, severities = network(_pixels(images[picks]).to(device))
-        total = DEFECT_LOSS_WEIGHT * (severities - defects[picks].to(device)).square().mean()
-        for name, values in logits.items():
-            wanted = attributes[name][picks].to(device)
-            # Not reduction="mean": it is undefined for a batch without a label (third objects are rare).
-            labels = (wanted != ABSENT).sum().clamp(min=1)
-            total = total + cross_entropy(values, wanted, reduction="sum") / labels
-        return total
-
-    network = fit(network, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="judge", ema=0.995)
-    judge = Judge(network, device)
-    judge.accuracy = measure(judge, seed + 1, held_out, roundtrip)
-    judge.save(folder)
-    return judge
-
-
-def targets(items: Sequence[Drawing]) -> tuple[dict[str, Tensor], Tensor]:
-    """Labels of drawings: int64 [N] by attribute (ABSENT where there is none), and severities fp32 [N, 5]."""
-    named = [world.attributes(item.drawn) | {"arrangement": item.drawn.arrangement} for item in items]
-    attributes = {name: torch.tensor([options.index(row[name]) if name in row else ABSENT for row in named])
-                  for name, options in OPTIONS.items()}
-    return attributes, torch.tensor([item.defects for item in items])
-
-
-def measure(judge: Judge, seed: int, count: int, roundtrip: RoundTrip | None = None) -> dict[str, Any]:
-    """How well the judge reads `count` held-out drawings, and their round trips through the autoencoder.
-
-    By source: share of right readings by attribute, R^2 by defect, and how often the better of two held-out
-    preference drawings gets the higher utility.
-    """
-    items = [drawings.labelled(seed, index) for index in range(count)]
-    images, pairs = rendered(items), pair_pool(seed, count // 2, "validation")
-    report = {"drawings": _accuracy(judge, items, images, pairs)}
-    if roundtrip is not None:
-        report["round_trips"] = _accuracy(judge, items, roundtrip(images), pairs.round_tripped(roundtrip))
-    return report
-
-
-def _accuracy(judge: Judge, items: Sequence[Drawing], images: np.ndarray, pairs: Pool) -> dict[str, Any]:
-    reading = judge.read(images)
-    attributes, defects = targets(items)
-    right = {name: float((reading[name] == wanted)[wanted != ABSENT].mean())
-             for name, wanted in ((name, value.numpy()) for name, value in attributes.items())
-             if (wanted != ABSENT).any()}
-    explained = {name: float(1 - np.mean((reading[name] - true) ** 2) / np.var(true))
-                 for name, true in zip(world.DEFECTS, defects.numpy().T, strict=True)}
-    aligned = [world.alignment(item.drawn, seen) for item, seen in zip(items, scenes(reading), strict=True)]
-    return {"attributes": rounded(right), "defects_r2": rounded(explained),
-            "all_attributes": round(float(np.mean(aligned)), 4),
-            "pairwise": pairwise(judge.score(pairs.images, pairs.captions)["utility"], pairs.utility)}
