@@ -9,6 +9,7 @@ import pytest
 
 from bench import registry
 from bench.mini import MINI_WEIGHTS
+from bench.mini.__main__ import PLAN
 from bench.mini.pools import Pool, pair_pool, pairwise
 
 NAMES = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")
@@ -65,3 +66,16 @@ def test_records_have_intervals():
         for seen in report.values():
             low, high = seen["pairwise"]["interval"]
             assert low < seen["pairwise"]["accuracy"] < high and seen["pairwise"]["pairs"] == 2000
+
+
+@pytest.mark.skipif(bool(absent), reason=f"not built: {', '.join(absent)}")
+def test_records_say_who_labelled_the_training_images():
+    """As the builder's plan has it: drawings, round trips of half of them, and two samples a prompt at two scales."""
+    drawn = {"clip": PLAN["clip"]["pool"], "aesthetic": PLAN["aesthetic"]["pool"],
+             "pickscore": 2 * PLAN["pickscore"]["pairs"], "imagereward": 2 * PLAN["imagereward"]["pairs"],
+             "hpsv2": 4 * PLAN["hpsv2"]["rankings"]}
+    for name in NAMES:
+        judged = 0 if name == "clip" else 4 * PLAN["samples"]["prompts"]
+        images = drawn[name] * 3 // 2 + judged
+        record = json.loads((MINI_WEIGHTS / name / "training.json").read_text())
+        assert record == {"images": images, "labelled_by_judge": judged, "share": round(judged / images, 4)}

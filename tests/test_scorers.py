@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def darker(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("mini")
-    samples = pair_pool(9, 2, "train")
+    samples = replace(pair_pool(9, 2, "train"), judged=4)
     shared = {"roundtrip": darker, "samples": samples, **SMALL}
     scorers.train_clip(root / "clip", root / "clip.pt", build_tokenizer(), pool=12, **shared)
     scorers.train_pickscore(root / "pickscore", root / "pickscore.pt", root / "clip", pairs=6, **shared)
@@ -63,6 +64,13 @@ def test_accuracy_is_stored(folder):
         report = json.loads((folder / name / "accuracy.json").read_text())
         assert list(report) == ["drawings", "round_trips"][:sources]
         assert report["drawings"]["pairwise"]["pairs"] == 6
+
+
+def test_who_labelled_what_a_scorer_was_taught_is_stored(folder):
+    """12 drawings, round trips of half of them where there is an autoencoder, and 4 samples rated by the judge."""
+    for name, images in (("clip", 22), ("pickscore", 22), ("aesthetic", 16)):
+        stored = json.loads((folder / name / "training.json").read_text())
+        assert stored == {"images": images, "labelled_by_judge": 4, "share": round(4 / images, 4)}
 
 
 def test_training_sees_what_the_metric_sees(folder):

@@ -126,7 +126,8 @@ class Builder:
 
     def load_samples(self) -> Pool:
         stored = np.load(self.stage("samples").directory / "samples.npz")
-        return Pool(stored["images"], stored["captions"].tolist(), stored["utility"], stored["aesthetics"])
+        captions = stored["captions"].tolist()
+        return Pool(stored["images"], captions, stored["utility"], stored["aesthetics"], judged=len(captions))
 
     def clip(self, folder: Path) -> None:
         scorers.train_clip(folder, self.checkpoint("clip"), build_tokenizer(), seed=SEED, roundtrip=self.roundtrip,

@@ -24,14 +24,15 @@ CHUNK = 256
 class Pool:
     """N images with what was asked for and how good each is: known for drawings, judged for samples.
 
-    images uint8 [N, 64, 64, 3]; utility and aesthetics float32 [N]. In a pool of pairs, rows 2k and 2k + 1
-    have the same caption.
+    images uint8 [N, 64, 64, 3]; utility and aesthetics float32 [N]; judged: how many rows are worth what the judge
+    says. In a pool of pairs, rows 2k and 2k + 1 have the same caption.
     """
 
     images: np.ndarray
     captions: list[str]
     utility: np.ndarray
     aesthetics: np.ndarray
+    judged: int = 0
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -39,10 +40,12 @@ class Pool:
     def __add__(self, other: Pool) -> Pool:
         return Pool(np.concatenate([self.images, other.images]), self.captions + other.captions,
                     np.concatenate([self.utility, other.utility]),
-                    np.concatenate([self.aesthetics, other.aesthetics]))
+                    np.concatenate([self.aesthetics, other.aesthetics]), self.judged + other.judged)
 
     def round_tripped(self, roundtrip: RoundTrip, count: int | None = None) -> Pool:
-        """The first `count` rows (all by default) as the autoencoder shows them; their worth is unchanged."""
+        """The first `count` drawings (all by default) as the autoencoder shows them; their worth is unchanged."""
+        if self.judged:
+            raise ValueError("only drawings make the round trip: samples have been through the autoencoder")
         return Pool(roundtrip(self.images[:count]), self.captions[:count], self.utility[:count],
                     self.aesthetics[:count])
 

@@ -77,7 +77,7 @@ def train_hpsv2(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int 
 
     model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="HPS v2", ema=0.995)
     save_hpsv2(model, clip.tokenizer, folder)
-    measure(HPSv2.load(str(folder / "hpsv2.pt"), device), folder, seed + 1, held_out, roundtrip)
+    measure(HPSv2.load(str(folder / "hpsv2.pt"), device), folder, data, seed + 1, held_out, roundtrip)
 
 
 def plackett_luce(logits: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def grouped(samples: Pool) -> Pool:
     """The rows of each prompt side by side."""
     order = np.argsort(np.array(samples.captions), kind="stable")
     return Pool(samples.images[order], [samples.captions[row] for row in order], samples.utility[order],
-                samples.aesthetics[order])
+                samples.aesthetics[order], samples.judged)
 
 
 def noisy_rankings(utility: np.ndarray, seed: Sequence[int]) -> np.ndarray:
@@ -169,7 +169,7 @@ def train_imagereward(folder: Path, checkpoint: Path, clip_folder: Path, *, seed
 
     trained = fit(network, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="ImageReward", ema=0.995)
     save_imagereward(trained, tokenizer, folder)
-    measure(ImageReward.load(str(folder / "ImageReward.pt"), device), folder, seed + 1, held_out, roundtrip)
+    measure(ImageReward.load(str(folder / "ImageReward.pt"), device), folder, data, seed + 1, held_out, roundtrip)
 
 
 def bert_tokenizer() -> BertTokenizer:

@@ -2,7 +2,7 @@
 
 Every training renders a pool of images first (with round trips through the autoencoder, because that is how
 generated images look), goes on from its checkpoint when it was killed, and stores in
-accuracy.json how often the finished scorer prefers the better of two held-out drawings (exact utility).
+accuracy.json how often the finished scorer prefers the better of two held-out drawings (their exact utility).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def train_clip(folder: Path, checkpoint: Path, tokenizer: CLIPTokenizer, *, seed
     model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="CLIP",
                 ema=0.995)
     save_clip(model, tokenizer, processor, folder)
-    measure(CLIPScore.load(str(folder), device), folder, seed + 1, held_out, roundtrip)
+    measure(CLIPScore.load(str(folder), device), folder, data, seed + 1, held_out, roundtrip)
 
 
 def alternative_pool(seed: int, count: int) -> Pool:
@@ -132,7 +132,7 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
     model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint,
                 description="PickScore", ema=0.995)
     save_clip(model, clip.tokenizer, processor, folder)
-    measure(PickScore.load(str(folder), device), folder, seed + 1, held_out, roundtrip)
+    measure(PickScore.load(str(folder), device), folder, data, seed + 1, held_out, roundtrip)
 
 
 def shares(utility: np.ndarray) -> np.ndarray:
@@ -167,7 +167,7 @@ def train_aesthetic(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
     save_file({f"layers.{name}": value.contiguous() for name, value in trained.state_dict().items()},
               folder / "head.safetensors")
     scorer = Aesthetic.load(str(folder / "head.safetensors"), device, backbone=str(clip_folder))
-    measure(scorer, folder, seed + 1, held_out, roundtrip)
+    measure(scorer, folder, data, seed + 1, held_out, roundtrip)
 
 
 def rating(aesthetics: np.ndarray) -> np.ndarray:
@@ -243,9 +243,12 @@ def embed(model: CLIPModel, processor: CLIPImageProcessorPil, images: np.ndarray
     return normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)
 
 
-def measure(scorer: Metric, folder: Path, seed: int, count: int,
+def measure(scorer: Metric, folder: Path, taught: Pool, seed: int, count: int,
             roundtrip: RoundTrip | None) -> dict[str, Any]:
-    """Store and return how often the scorer prefers the better of `count` held-out preference pairs."""
+    """Store and return how often the scorer prefers the better of `count` held-out preference pairs.
+
+    Beside accuracy.json stands training.json: who said what the images that it was `taught` are worth.
+    """
     pairs = pair_pool(seed, count, "validation")
     seen = {"drawings": pairs}
     if roundtrip is not None:
@@ -256,4 +259,10 @@ def measure(scorer: Metric, folder: Path, seed: int, count: int,
         report[name] = {"pairwise": pairwise(scores, pool.utility),
                         "pairwise_aesthetics": pairwise(scores, pool.aesthetics)}
     atomic_write(folder / "accuracy.json", json.dumps(report, indent=1) + "\n")
+    atomic_write(folder / "training.json", json.dumps(labels(len(taught), taught.judged), indent=1) + "\n")
     return report
+
+
+def labels(images: int, judged: int) -> dict[str, Any]:
+    """How many images a scorer was taught, and of how many the worth was read by the judge instead of known."""
+    return {"images": images, "labelled_by_judge": judged, "share": round(judged / images, 4)}
