@@ -23,6 +23,7 @@ from bench.data.prompts import PUBLISHED
 from bench.errors import BenchError
 from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
+from bench.mini.judge import BUNDLED
 from bench.plan import Plan, plan
 from bench.suites import Suite
 from bench.versions import versions
@@ -189,9 +190,9 @@ def metric_files(suite: Suite) -> Iterator[File]:
             seen.add(key)
             yield File(f"metric {name}", item.name, item.path and str(item.path),
                        size_of(item.path) or item.published.size, _metric_fix(item.published, weights))
-    if suite.judge == "mini":
-        path = MINI_WEIGHTS / "judge" / "judge.safetensors"
-        yield File("judge", "judge/judge.safetensors", str(path) if path.is_file() else None, size_of(path),
+    if suite.judge in BUNDLED:
+        path = BUNDLED[suite.judge] / "judge.safetensors"
+        yield File("judge", f"{path.parent.name}/{path.name}", str(path) if path.is_file() else None, size_of(path),
                    _metric_fix(Published("", None, ""), "mini"))
 
 

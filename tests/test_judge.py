@@ -1,4 +1,4 @@
-"""The exact judge: how readings become scores, and that training learns and resumes."""
+"""The judges: how readings become scores, and that training learns and resumes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bench.data import drawings, world
 from bench.errors import BenchError
 from bench.mini import MINI_WEIGHTS, pools
 from bench.mini import judge_training as judging
-from bench.mini.judge import OPTIONS, Judge, JudgeNet, scenes
+from bench.mini.judge import BUNDLED, OPTIONS, Judge, JudgeNet, scenes
 from bench.mini.judge_training import train_judge
 
 ASKED = "a small red circle to the left of a large blue ring on a navy background"
@@ -132,9 +133,38 @@ def test_training_is_a_function_of_the_seed(tmp_path):
     assert first == again != other
 
 
+def test_a_second_judge_is_of_another_architecture_and_half_the_bytes(tmp_path):
+    trained = train(tmp_path / "judge2", trunk="convnext", half=True, measured_on=1, seed=3)
+    loaded = Judge.load(tmp_path / "judge2")
+    assert (loaded.network.kind, Judge(JudgeNet()).network.kind) == ("convnext", "residual")
+    weights = sum(value.numel() for value in JudgeNet("convnext").parameters())
+    assert (tmp_path / "judge2" / "judge.safetensors").stat().st_size < 2 * weights + 10_000
+    images, prompts = np.concatenate([BLANK, BLANK + 99]), [ASKED] * 2
+    for name, values in trained.score(images, prompts).items():
+        np.testing.assert_array_equal(loaded.score(images, prompts)[name], values)
+
+
+def test_both_judges_are_measured_on_the_same_drawings(tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(judging, "measure", lambda judge, seed, *_: seeds.append(seed) or {})
+    train(tmp_path / "first", seed=0)
+    train(tmp_path / "second", seed=100, measured_on=1)
+    assert seeds == [1, 1]
+
+
 def test_missing_judge_is_one_line(tmp_path):
     with pytest.raises(BenchError, match=r"no judge at .*judge\.safetensors"):
         Judge.load(tmp_path)
+    with pytest.raises(BenchError, match=r"did you mean 'mini-second'\?.*bundled ones are mini, mini-second"):
+        Judge.load("mini-secnd")
+
+
+def test_another_networks_weights_are_refused_in_one_line(tmp_path):
+    train(tmp_path / "judge")
+    path = tmp_path / "judge" / "judge.safetensors"
+    save_file(load_file(path), path, {"trunk": "convnext"})
+    with pytest.raises(BenchError, match="does not hold a judge"):
+        Judge.load(tmp_path / "judge")
 
 
 def test_pairwise_accuracy_by_hand():
@@ -161,3 +191,14 @@ def test_the_bundled_judge_reads_drawings():
     utility = judge.score(pairs.images, pairs.captions)["utility"]
     assert np.abs(utility - pairs.utility).mean() < 0.05
     assert judge.accuracy["round_trips"]["all_attributes"] > 0.85
+
+
+@pytest.mark.skipif(not BUNDLED["mini-second"].exists(), reason="the second judge is not built")
+def test_the_second_judge_reads_drawings_as_its_record_says():
+    judge = Judge.load("mini-second")
+    assert judge.network.kind != Judge.load().network.kind
+    pairs = pools.pair_pool(77, 60, "test")
+    utility = judge.score(pairs.images, pairs.captions)["utility"]
+    assert np.abs(utility - pairs.utility).mean() < 0.05
+    assert judge.accuracy["round_trips"]["all_attributes"] > 0.85
+    assert BUNDLED["mini-second"].joinpath("judge.safetensors").stat().st_size < 1.5e6
