@@ -23,16 +23,29 @@ def test_saturation_is_the_severity_whatever_the_shadow(shade):
     faded = shaded + 0.62 * 0.5 * (0.5 - shaded)
     vivid = shaded + 0.4 * 1.2 * (shaded - shaded @ LUMA)
     vivid = vivid + 0.4 * 0.35 * (vivid - 0.5)
-    assert pixels.saturation(shaded, NAVY) == pytest.approx(0, abs=1e-12)
-    assert pixels.saturation(faded, NAVY) == pytest.approx(-0.5)
-    assert pixels.saturation(vivid, NAVY) == pytest.approx(0.4)
+    for colour, severity in ((shaded, 0), (faded, -0.5), (vivid, 0.4)):
+        assert pixels.saturation(colour, "navy") == ("navy", pytest.approx(severity, abs=0.021))
 
 
-def test_saturation_needs_a_hue_and_the_asked_one():
+def test_the_table_of_colours_is_what_the_world_draws():
+    """The middle of drawings without an object there, for a fade and an oversaturation that clips."""
+    scene = world.parse("a small red circle to the left of a large blue ring on a navy background")
+    for severity, name in ((-0.5, "fade"), (1.0, "oversaturation")):
+        defects = np.zeros((1, 5))
+        defects[0, world.DEFECTS.index(name)] = abs(severity)
+        drawn = world.render([scene], defects, [0])[0, 2, 2] / 255
+        place = np.abs(pixels.SEVERITIES - severity).argmin()
+        np.testing.assert_allclose(pixels.drawable(NAVY)[-1, place], drawn, atol=0.6 / 255)
+
+
+def test_saturation_needs_a_hue_and_the_asked_background():
     brown = np.array(world.BACKGROUNDS["brown"]) / 255
-    assert np.isnan(pixels.saturation(brown, NAVY)) and np.isnan(pixels.saturation(NAVY, brown))
+    shown, severity = pixels.saturation(brown, "navy")
+    assert shown == "brown" and np.isnan(severity)
     for name in ("white", "grey", "black"):
-        assert np.isnan(pixels.saturation(NAVY, np.array(world.BACKGROUNDS[name]) / 255))
+        assert np.isnan(pixels.saturation(np.array(world.BACKGROUNDS[name]) / 255, name)[1])
+    shown, severity = pixels.saturation(np.array([0.3, 0.9, 0.3]), "navy")  # no drawing's background
+    assert shown == "" and np.isnan(severity)
 
 
 def test_shadow_and_blotches_by_hand():
@@ -40,8 +53,8 @@ def test_shadow_and_blotches_by_hand():
     white = np.array(world.BACKGROUNDS["white"]) / 255
     slopes = 0.21 * np.array([[0.6], [0.8]]) * white
     seen = Ground((1 - 0.21) * white, slopes, np.array([0.3, 0.4, 0.0]))
-    assert pixels.shadow(seen, white) == pytest.approx(0.6)
-    assert np.isnan(pixels.shadow(seen, NAVY))
+    assert pixels.shadow(seen, "white") == pytest.approx(0.6)
+    assert np.isnan(pixels.shadow(seen, "navy"))
     assert pixels.blotches(seen) == pytest.approx(np.sqrt(0.25 / 3) / (0.16 * 2 / 3))
 
 
@@ -84,6 +97,8 @@ def test_measures_follow_the_severity_of_drawings():
         there = np.isfinite(found[name])
         assert there.mean() >= defined
         assert spearmanr(found[name][there], known[name][there]).statistic > least, name
+    right = np.array([item.drawn.background == item.asked.background for item in items])
+    assert (found["background"] == right).mean() > 0.85
     assert found["colours"].dtype == np.float32 and found["colours"].mean() > 0.85
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from scipy.stats import kendalltau, rankdata, spearmanr
 
 from bench.data import load_prompts, world
 from bench.errors import BenchError, UsageError
@@ -81,6 +82,13 @@ def test_a_tie_of_all_models_has_no_order():
     assert np.isnan(row(table, "order", "spearman", "judge", "judge2")["value"])
 
 
+def test_orders_of_many_resamples_are_scipys():
+    one, other = np.random.default_rng(0).integers(0, 5, (2, 20, 6)).astype(float)
+    for found, theirs in ((warrant._kendall(one, other), kendalltau),
+                          (warrant._pearson(rankdata(one, axis=1), rankdata(other, axis=1)), spearmanr)):
+        np.testing.assert_allclose(found, [theirs(*pair).statistic for pair in zip(one, other, strict=True)])
+
+
 def write_run(root: Path, name: str, method: str, seed: int, severities: dict[str, float], count: int = 8) -> Path:
     """A run whose checkpoints show what was asked, each with one severity of fade; made again the base is the same."""
     prompts = load_prompts("world:validation", count)
@@ -111,8 +119,12 @@ def test_which_images_are_read(tmp_path):
 def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(UsageError, match="is no run"):
         list(warrant.image_folders([tmp_path]))
-    with pytest.raises(BenchError, match="no images"):
-        warrant.read_runs([write_run(tmp_path, "empty", "sft", 0, {}, 1)], {})
+    with pytest.raises(UsageError, match="unfinished has no images yet; finish it with"):
+        warrant.read_runs([write_run(tmp_path, "unfinished", "sft", 0, {}, 1)], {})
+    emptied = write_run(tmp_path, "emptied", "sft", 0, {"iter1": 0.5}, 1)
+    next(emptied.rglob("*.png")).unlink()
+    with pytest.raises(BenchError, match="iter1 has no images of the prompts"):
+        warrant.read_runs([emptied], {})
 
 
 def test_prompts_that_some_model_lacks_are_left_out(tmp_path):
@@ -123,10 +135,13 @@ def test_prompts_that_some_model_lacks_are_left_out(tmp_path):
     assert "pixels/fade" in images and len(images) == 6
 
 
-def test_shown_colours_by_hand():
+def test_what_is_shown_by_hand():
     asked = world.parse("a small red circle to the left of a large blue ring on a navy background")
     one = world.parse("a small red circle on a navy background")
-    np.testing.assert_array_equal(warrant.shown_colours([asked, asked, one], [asked, one, asked]), [1, 0.5, 1])
+    other = world.parse("a small red circle on a beige background")
+    found = warrant.shown([asked, asked, one, one], [asked, one, asked, other])
+    np.testing.assert_array_equal(found["colours"], [1, 0.5, 1, 1])
+    np.testing.assert_array_equal(found["background"], [1, 1, 1, 0])
 
 
 @pytest.mark.skipif(not all(path.exists() for path in BUNDLED.values()) or not (MINI_WEIGHTS / "pipeline").exists(),

@@ -1,31 +1,34 @@
 """What can be measured off the pixels of an image of the drawn world without any network, given its caption.
 
 A scene's background is plain and its asked colour is known, so what became of it tells which defects an image carries:
-each measure is the drawing's own equation (`world.render`), solved for the severity, in the severity's unit. Where a
-caption does not allow a measure it is NaN.
+the drawing's own equations (`world.render`), solved for the severity, in the severity's unit. Where a caption does not
+allow a measure, or an image shows what no drawing can, it is NaN.
 
-Colours are RGB in [0, 1]; luma L(p) is the weighted mean of the channels, chroma C(p) = p - L(p); b is the background's
-asked colour. Through the pixels away from the asked objects a plane c + g_x x + g_y y (x, y in [-1, 1]) is fitted to
-every channel, free of what lies far from it; s is the spread around it.
+Colours are RGB in [0, 1]; luma L(p) is the weighted mean of the channels, chroma C(p) = p - L(p). Through the pixels
+away from the asked objects a plane c + g_x x + g_y y (x, y in [-1, 1]) is fitted to every channel, free of what lies
+far from it; s is the spread around it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
 from bench.data import world
 
-MEASURES = ("fade", "oversaturation", "blotches", "shadow", "colours")
-"""What is measured, named as the judge's readings; each is a function of this module, with its equation."""
+MEASURES = ("fade", "oversaturation", "blotches", "shadow", "background", "colours")
+"""What is measured: severities by the judge's names, and the shares of right backgrounds and colours."""
 LUMA = np.array([0.299, 0.587, 0.114])
 MARGIN = 4.0  # pixels that an object may lie beyond its asked place
 ROUNDS, NEAR = 4, 2.5  # of fitting the plane; robust standard deviations within which a pixel belongs to it
 GAUSSIAN = 1.4826  # standard deviations in a median absolute deviation
+SHADES, SEVERITIES = np.linspace(0.65, 1, 15), np.linspace(-1, 1.5, 126)  # of shadow in the middle; of fade (negative)
+# and oversaturation, also beyond what is drawn
 COLOURED = 0.1  # length of the chroma from which on a background has a hue: beige, navy and brown have one
-SAME_HUE = 0.8  # cosine of two chromas
+DRAWABLE = 0.06  # distance from the nearest colour that a drawing can have, 15 of 255, at which a background is its own
 APART = (0.08, 2.0)  # distance from the background at which a pixel is an object's: at least this, and in units of |s|
 LIGHT = 0.4  # luma from which on a shadow shows: white, grey and beige
 FEWEST = 15  # pixels of an object
@@ -46,32 +49,41 @@ def measure(images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]
     rows = []
     for image, prompt in zip(images, prompts, strict=True):
         asked = world.parse(prompt)
-        seen, background = ground(image, ~near_objects(asked).any(axis=0)), _colour(world.BACKGROUNDS[asked.background])
-        signed = saturation(seen.colour, background)
-        rows.append((np.maximum(-signed, 0), np.maximum(signed, 0), blotches(seen), shadow(seen, background),
-                     colours(image, asked, seen)))
+        seen = ground(image, ~near_objects(asked).any(axis=0))
+        shown, signed = saturation(seen.colour, asked.background)
+        rows.append((np.maximum(-signed, 0), np.maximum(signed, 0), blotches(seen), shadow(seen, asked.background),
+                     shown == asked.background, colours(image, asked, seen)))
     return dict(zip(MEASURES, np.array(rows, np.float32).reshape(-1, len(MEASURES)).T, strict=True))
 
 
-def saturation(shown: np.ndarray, asked: np.ndarray) -> float:
-    """Oversaturation as a positive severity, fade as a negative one, of a background's colour [3]; free of shadow.
+def drawable(colour: np.ndarray) -> np.ndarray:
+    """What a drawing can make of a background's colour [3]: [SHADES, SEVERITIES, 3].
 
-    A shadow multiplies by m, fade f and oversaturation o act after it, so with a = C(c).C(b) / C(b).C(b):
+    A shadow multiplies by m, then fade f or oversaturation o act, negative and positive severities:
 
-        fade:            L(c) = a L(b) + 0.31 f
-        oversaturation:  L(c) = a L(b) / (1 + 1.2 o) - 0.175 o
-
-    NaN for a background without a hue, or one of another hue than was asked.
+        fade:            p = m b + 0.62 f (0.5 - m b)
+        oversaturation:  q = m b + 1.2 o C(m b);  p = q + 0.35 o (q - 0.5), clipped
     """
-    have, want = _chroma(shown), _chroma(asked)
-    if np.linalg.norm(want) < COLOURED or have @ want < SAME_HUE * np.linalg.norm(have) * np.linalg.norm(want):
-        return np.nan
-    luma = shown @ LUMA
-    lighter = luma - (have @ want) / (want @ want) * (asked @ LUMA)
-    if lighter >= 0:
-        return -lighter / 0.31
-    linear = 0.175 + 1.2 * luma
-    return (np.sqrt(linear**2 - 0.84 * lighter) - linear) / 0.42
+    shaded = (SHADES[:, None] * colour)[:, None]
+    fade, vivid = np.maximum(-SEVERITIES, 0)[:, None], np.maximum(SEVERITIES, 0)[:, None]
+    faded = shaded + 0.62 * fade * (0.5 - shaded)
+    strong = faded + 1.2 * vivid * _chroma(faded)
+    return np.clip(strong + 0.35 * vivid * (strong - 0.5), 0, 1)
+
+
+def saturation(colour: np.ndarray, asked: str) -> tuple[str, float]:
+    """Which background a colour [3] is, and its oversaturation as a positive or fade as a negative severity.
+
+    Both are those of the nearest colour that a drawing can have, whatever its shadow: the background among all, the
+    severity among those of the asked one. A colour further than DRAWABLE from any is no background's (""), and has no
+    severity where the asked background is as far or has no hue (NaN).
+    """
+    distance = {name: np.linalg.norm(_drawable(name) - colour, axis=-1) for name in world.BACKGROUNDS}
+    nearest = min(distance, key=lambda name: distance[name].min())
+    own = distance[asked]
+    hue = np.linalg.norm(_chroma(_colour(asked))) > COLOURED
+    return (nearest if distance[nearest].min() <= DRAWABLE else "",
+            float(SEVERITIES[own.argmin() % len(SEVERITIES)]) if hue and own.min() <= DRAWABLE else np.nan)
 
 
 def blotches(seen: Ground) -> float:
@@ -79,9 +91,9 @@ def blotches(seen: Ground) -> float:
     return float(np.sqrt(np.mean(seen.spread**2)) / BLOTCH)
 
 
-def shadow(seen: Ground, asked: np.ndarray) -> float:
+def shadow(seen: Ground, asked: str) -> float:
     """t / (0.35 (1 + t)) with t = |L(g)| / L(c), as L = 1 - s (0.35 + 0.35 slope); NaN on a dark background."""
-    if asked @ LUMA < LIGHT:
+    if _colour(asked) @ LUMA < LIGHT:
         return np.nan
     relative = np.hypot(*(seen.slopes @ LUMA)) / max(seen.colour @ LUMA, 1 / 255)
     return float(relative / (0.35 * (1 + relative)))
@@ -89,7 +101,7 @@ def shadow(seen: Ground, asked: np.ndarray) -> float:
 
 def colours(image: np.ndarray, asked: world.Scene, seen: Ground) -> float:
     """Share of the asked objects in whose place the hue of what is not background is nearest to the asked colour's."""
-    palette = _chroma(np.array([_colour(value) for value in world.COLOURS.values()]))
+    palette = _chroma(np.array(list(world.COLOURS.values())) / 255)
     palette /= np.linalg.norm(palette, axis=1, keepdims=True)
     chroma = _chroma(image / 255)
     off = np.linalg.norm(image / 255 - _plane(seen), axis=-1)
@@ -130,8 +142,13 @@ def _plane(seen: Ground) -> np.ndarray:
     return _DESIGN @ np.concatenate([seen.colour[None], seen.slopes])
 
 
-def _colour(value: Sequence[int]) -> np.ndarray:
-    return np.array(value) / 255
+def _colour(background: str) -> np.ndarray:
+    return np.array(world.BACKGROUNDS[background]) / 255
+
+
+@cache
+def _drawable(background: str) -> np.ndarray:
+    return drawable(_colour(background))
 
 
 def _chroma(colour: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ import click
 import numpy as np
 import pandas as pd
 from diffusers import AutoencoderKL
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import rankdata
 
 from bench.data import world
 from bench.data.drawings import Drawing
@@ -29,11 +29,11 @@ from bench.mini.judge import SCORES, Judge, parse, rated, scenes
 from bench.mini.pools import rendered, rough_pair
 from bench.progress import track
 from reports import stats
-from reports.agreement import spearman
+from reports.agreement import correlation, spearman
 
 READERS = ("judge", "judge2", "pixels")
 TRUTH = "truth"  # the reader of drawings, which knows
-QUANTITIES = (*SCORES, "colours")
+QUANTITIES = (*SCORES, "background", "colours")
 HELD_OUT = ("held-out", 1000, 200)  # name, seed and number of the pairs of drawings
 ALL, ORDER = "all", "order"  # in place of a model: the images of all models, and the models' means
 RESAMPLES, FEWEST, WORK = 500, 100, 8_000_000  # of more rows fewer resamples, about WORK rows in all
@@ -50,16 +50,18 @@ def read(images: np.ndarray, prompts: Sequence[str], judges: dict[str, Judge]) -
     found = {f"pixels/{name}": values for name, values in pixels.measure(images, prompts).items()}
     for reader, judge in judges.items():
         reading = judge.read(images)
-        values = rated(reading, asked) | {"colours": shown_colours(asked, scenes(reading))}
+        values = rated(reading, asked) | shown(asked, scenes(reading))
         found |= {f"{reader}/{name}": value for name, value in values.items()}
     return found
 
 
-def shown_colours(asked: Sequence[world.Scene], shown: Sequence[world.Scene]) -> np.ndarray:
-    """Share of the asked objects' colours that are shown, place by place: float32 [N]."""
-    return np.array([np.mean([place < len(seen.things) and seen.things[place].colour == thing.colour
-                              for place, thing in enumerate(wanted.things)])
-                     for wanted, seen in zip(asked, shown, strict=True)], np.float32)
+def shown(asked: Sequence[world.Scene], drawn: Sequence[world.Scene]) -> dict[str, np.ndarray]:
+    """Whether the asked background is drawn, and the share of the asked colours that are, place by place: [N] each."""
+    colours = [np.mean([place < len(seen.things) and seen.things[place].colour == thing.colour
+                        for place, thing in enumerate(wanted.things)])
+               for wanted, seen in zip(asked, drawn, strict=True)]
+    right = [wanted.background == seen.background for wanted, seen in zip(asked, drawn, strict=True)]
+    return {"background": np.array(right, np.float32), "colours": np.array(colours, np.float32)}
 
 
 def read_drawings(judges: dict[str, Judge]) -> pd.DataFrame:
@@ -71,8 +73,9 @@ def read_drawings(judges: dict[str, Judge]) -> pd.DataFrame:
     seen = vae.roundtrip(AutoencoderKL.from_pretrained(MINI_WEIGHTS / "pipeline" / "vae").eval(), images)
     known = {f"{TRUTH}/{quantity}": value for quantity, value in truth(items).items()}
     return pd.concat([pd.DataFrame({
-        "prompt_set": name, "guidance": np.nan, "model": model, "train_seed": 0, "prompt": np.repeat(range(count), 2),
-        "seed": np.tile([0, 1], count), **read(pictures, prompts, judges), **known})
+        "prompt_set": name, "guidance": np.nan, "model": model, "train_seed": 0,
+        "prompt": [f"{index:04d}" for index in range(count) for _ in range(2)], "seed": np.tile([0, 1], count),
+        **read(pictures, prompts, judges), **known})
         for model, pictures in (("drawings", images), ("round trips", seen))], ignore_index=True)
 
 
@@ -82,7 +85,7 @@ def truth(items: Sequence[Drawing]) -> dict[str, np.ndarray]:
             "alignment": np.array([item.alignment for item in items]),
             "aesthetics": np.array([item.aesthetics for item in items]),
             **dict(zip(world.DEFECTS, np.array([item.defects for item in items]).T, strict=True)),
-            "colours": shown_colours([item.asked for item in items], [item.drawn for item in items])}
+            **shown([item.asked for item in items], [item.drawn for item in items])}
 
 
 def read_runs(folders: Sequence[Path], judges: dict[str, Judge]) -> pd.DataFrame:
@@ -92,13 +95,12 @@ def read_runs(folders: Sequence[Path], judges: dict[str, Judge]) -> pd.DataFrame
     for folder, identity in track(found, "reading models", total=len(found), unit="folder"):
         texts = json.loads((folder.parents[1] / "prompts.json").read_text("utf-8"))
         paths = sorted(path for path in folder.glob("*.png") if path.stem.rpartition("-")[0] in texts)
+        if not paths:
+            raise BenchError(f"{folder} has no images of the prompts in {folder.parents[1] / 'prompts.json'}")
         names = [path.stem.rpartition("-") for path in paths]
-        if paths:
-            parts.append(pd.DataFrame({
-                **identity, "prompt": [name for name, _, _ in names], "seed": [int(seed) for _, _, seed in names],
-                **read(read_images(paths), [texts[name] for name, _, _ in names], judges)}))
-    if not parts:
-        raise BenchError(f"no images of finished runs below {', '.join(map(str, folders))}; give folders of runs")
+        parts.append(pd.DataFrame({
+            **identity, "prompt": [name for name, _, _ in names], "seed": [int(seed) for _, _, seed in names],
+            **read(read_images(paths), [texts[name] for name, _, _ in names], judges)}))
     return pd.concat([_shared_prompts(rows) for _, rows in
                       pd.concat(parts, ignore_index=True).groupby(["prompt_set", "guidance"])], ignore_index=True)
 
@@ -113,7 +115,10 @@ def image_folders(runs: Sequence[Path]) -> Iterator[tuple[Path, dict]]:
     seen = set()
     for run, protocol in protocols.items():
         method = protocol["method"] if trained.count((protocol["method"], protocol["seed"])) == 1 else run.name
-        for folder in sorted(run.glob("images/*/g*/iter*")):
+        found = sorted(run.glob("images/*/g*/iter*"))
+        if not found:
+            raise UsageError(f"{run} has no images yet; finish it with `bench run --resume {run.name}`")
+        for folder in found:
             checkpoint = folder.name.removeprefix("iter")
             identity = {"prompt_set": folder.parents[1].name, "guidance": float(folder.parent.name[1:]),
                         "model": "base" if checkpoint == "0" else f"{method}-{checkpoint}",
@@ -168,10 +173,22 @@ def _compared(group: pd.DataFrame, quantity: str) -> Iterator[tuple]:
     for first, second in combinations(readers, 2) if len(models) > 2 else ():
         both = group.dropna(subset=[f"{first}/{quantity}", f"{second}/{quantity}"])
         one, other = (_means_of_models(both, f"{reader}/{quantity}") for reader in (first, second))
-        for name, correlation in (("spearman", spearmanr), ("kendall", kendalltau)):
-            drawn = np.array([correlation(*pair).statistic if np.ptp(pair, axis=1).all() else np.nan
-                              for pair in zip(one, other, strict=True)])
+        for name, drawn in (("spearman", _pearson(rankdata(one, axis=1), rankdata(other, axis=1))),
+                            ("kendall", _kendall(one, other))):
             yield ORDER, quantity, name, first, second, *_interval(drawn), one.shape[1], both["prompt"].nunique()
+
+
+def _pearson(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Correlation [B] of the rows of [B, M]; NaN without spread. Of ranks it is Spearman's."""
+    return correlation(np.stack([one, other], axis=1), np.ones((len(one), 1, one.shape[1])))[:, 0, 1]
+
+
+def _kendall(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Kendall's tau-b [B] of the rows of [B, M], of all resamples at once as scipy's is not; NaN without spread."""
+    first, second = np.triu_indices(one.shape[1], 1)
+    signs, others = (np.sign(means[:, first] - means[:, second]) for means in (one, other))
+    scale = np.sqrt(np.abs(signs).sum(axis=1) * np.abs(others).sum(axis=1))
+    return np.divide((signs * others).sum(axis=1), scale, out=np.full(len(one), np.nan), where=scale > 0)
 
 
 def _mean(rows: pd.DataFrame, values: pd.Series) -> tuple:
