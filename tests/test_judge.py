@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from bench.data import drawings, world
 from bench.errors import BenchError
 from bench.mini import MINI_WEIGHTS, pools
+from bench.mini import __main__ as builder
 from bench.mini import judge_training as judging
 from bench.mini.judge import BUNDLED, OPTIONS, Judge, JudgeNet, scenes
 from bench.mini.judge_training import train_judge
@@ -150,6 +152,13 @@ def test_both_judges_are_measured_on_the_same_drawings(tmp_path, monkeypatch):
     train(tmp_path / "first", seed=0)
     train(tmp_path / "second", seed=100, measured_on=1)
     assert seeds == [1, 1]
+
+
+def test_nothing_is_taught_by_the_second_judge_nor_it_by_what_taught_the_first():
+    assert not any("judge2" in needs for needs in builder.NEEDS.values())
+    plan = builder.PLAN["judge2"]
+    assert plan["seed"] not in (builder.SEED, builder.SEED + 1) and plan["trunk"] != "residual"
+    inspect.signature(train_judge).bind(None, None, **plan)
 
 
 def test_missing_judge_is_one_line(tmp_path):

@@ -77,6 +77,17 @@ def test_what_a_reader_cannot_read_is_left_out_in_pairs():
     assert "pixels" not in set(nothing["second"])  # what nobody measured has no row
 
 
+def test_a_model_that_a_reader_hardly_sees_has_no_place_in_the_order():
+    images = readings({"base": 0.0, "sft-1": 0.5, "spin-1": 1.0, "spin-2": 2.0})
+    images.loc[images["model"].eq("spin-2") & ~images["prompt"].isin(["p000", "p001"]), "pixels/fade"] = np.nan
+    table = warrant.warrant(images)
+    assert row(table, "order", "kendall", "judge", "pixels")["n"] == 3
+    assert row(table, "order", "kendall", "judge", "judge2")["n"] == 4
+    images.loc[images["model"].eq("spin-1"), "pixels/fade"] = np.nan
+    table = warrant.warrant(images)
+    assert "pixels" not in set(table.loc[table["model"] == "order", "second"])
+
+
 def test_a_tie_of_all_models_has_no_order():
     table = warrant.warrant(readings(dict.fromkeys(("base", "sft-1", "spin-1"), 0.0)))
     assert np.isnan(row(table, "order", "spearman", "judge", "judge2")["value"])

@@ -37,6 +37,7 @@ QUANTITIES = (*SCORES, "background", "colours")
 HELD_OUT = ("held-out", 1000, 200)  # name, seed and number of the pairs of drawings
 ALL, ORDER = "all", "order"  # in place of a model: the images of all models, and the models' means
 RESAMPLES, FEWEST, WORK = 500, 100, 8_000_000  # of more rows fewer resamples, about WORK rows in all
+SEEN = 0.25  # share of its images that two readers can read, below which a model has no place in their order
 COLUMNS = ("prompt_set", "guidance", "model", "quantity", "statistic", "first", "second", "value", "low", "high", "n",
            "n_prompts")
 IMAGE = ["prompt_set", "guidance", "model", "train_seed", "prompt", "seed"]
@@ -172,6 +173,10 @@ def _compared(group: pd.DataFrame, quantity: str) -> Iterator[tuple]:
             yield model, quantity, "difference", first, second, *_mean(rows, other - one)
     for first, second in combinations(readers, 2) if len(models) > 2 else ():
         both = group.dropna(subset=[f"{first}/{quantity}", f"{second}/{quantity}"])
+        share = both["model"].value_counts() / group["model"].value_counts()
+        both = both[both["model"].isin(share.index[share >= SEEN])]
+        if both["model"].nunique() < 3:
+            continue
         one, other = (_means_of_models(both, f"{reader}/{quantity}") for reader in (first, second))
         for name, drawn in (("spearman", _pearson(rankdata(one, axis=1), rankdata(other, axis=1))),
                             ("kendall", _kendall(one, other))):
@@ -208,13 +213,14 @@ def _spearman(rows: pd.DataFrame, first: pd.Series, second: pd.Series) -> tuple:
     return *_interval(spearman(pair, weights)[:, 0, 1] if len(pair) > 2 else np.full(2, np.nan)), len(pair), prompts
 
 
-def _means_of_models(rows: pd.DataFrame, column: str) -> np.ndarray:
+def _means_of_models(images: pd.DataFrame, column: str) -> np.ndarray:
     """Mean of every model, [1 + resamples, models]: of the sample, then of its resamples, the same for all models."""
-    weights, _ = _weights(rows["prompt"])
-    models, which = np.unique(rows["model"], return_inverse=True)
+    weights, _ = _weights(images["prompt"])
+    models, which = np.unique(images["model"], return_inverse=True)
     of_model = which[:, None] == np.arange(len(models))
-    total = (weights * rows[column].to_numpy(np.float64)[:, None]).T @ of_model
-    return total / (weights.T @ of_model)
+    total = (weights * images[column].to_numpy(np.float64)[:, None]).T @ of_model
+    rows = weights.T @ of_model
+    return np.divide(total, rows, out=np.full_like(total, np.nan), where=rows > 0)
 
 
 def _weights(prompts: pd.Series) -> tuple[np.ndarray, int]:
