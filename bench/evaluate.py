@@ -33,7 +33,7 @@ COLUMNS = ("run", "method", "iteration", "prompt_set", "prompt_id", "seed", "gui
 
 @dataclass(frozen=True)
 class Scorers:
-    """All that scores an image, loaded once: the metrics by name, and the exact judge if there is one."""
+    """All that scores an image, loaded once: the metrics by name, and the judge if there is one."""
 
     metrics: Mapping[str, Metric]
     judge: Judge | None = None

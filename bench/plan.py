@@ -34,7 +34,7 @@ PNG = 0.6  # bytes of a PNG over those of its pixels, for photographs; drawings 
 ROW = 40  # bytes of one score in parquet
 TRAIN_SPLIT = 851_293, 58_960  # pairs without ties and prompts of Pick-a-Pic v2 (Diffusion-DPO, arXiv 2311.12908)
 PROMPTS = {"partiprompts": 1632, "hpsv2": 3200, "test_unique": 500, "validation_unique": 500}  # as published
-EXAMPLE = load_prompts("world:test", 1).prompts[0]  # a caption that every scorer can read, the exact judge too
+EXAMPLE = load_prompts("world:test", 1).prompts[0]  # a caption that every scorer can read, the judge too
 
 
 UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))

@@ -88,6 +88,29 @@ class Quotes:
             raise BenchError(f"mini_comparison.protocols.json has no run of {method}")
         return sum(found) / len(found)
 
+    def agreement(self, metric: str, unit: str, guidance: float) -> str:
+        """ "0.51 [0.48, 0.55]": a metric's rank correlation with the judge over images, changes to base, or models."""
+        rows = self.table("mini_agreement.csv")
+        found = rows[(rows["first"] == metric) & (rows["second"] == LEAD) & (rows["unit"] == unit)
+                     & (rows["guidance"] == guidance)]
+        if len(found) != 1:
+            raise BenchError(f"mini_agreement.csv has {len(found)} rows for {metric} over {unit} at guidance "
+                             f"{guidance:g}; one is needed")
+        row = found.iloc[0]
+        return f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+    def judged(self, quantity: str, first: str, second: str, guidance: float, model: str = "all") -> str:
+        """ "0.95 [0.93, 0.96]": Spearman's correlation of two readings of generated images, or of models ("order")."""
+        rows = self.table("judge.csv")
+        found = rows[(rows["quantity"] == quantity) & (rows["statistic"] == "spearman") & (rows["first"] == first)
+                     & (rows["second"] == second) & (rows["model"] == model) & (rows["guidance"] == guidance)]
+        if len(found) != 1:
+            raise BenchError(f"judge.csv has {len(found)} rows for {quantity} by {first} and {second} at guidance "
+                             f"{guidance:g} of {model}; one is needed")
+        row = found.iloc[0]
+        interval = "" if pd.isna(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
+        return f"{row['value']:.2f}{interval}"
+
     def seeds(self) -> int:
         """Training seeds behind every trained model; all must have the same number."""
         counts = set(self.comparison.loc[self.comparison["model"] != "base", "n_seeds"])
