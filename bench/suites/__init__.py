@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bench import registry
 from bench.errors import UsageError, did_you_mean
@@ -18,14 +18,26 @@ if TYPE_CHECKING:
     from methods.base import Method
 
 FOLDER = Path(__file__).parent
-Scheduler = Literal["ddim", "pndm", "ddpm"]
+T = TypeVar("T")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-class Section(BaseModel):
-    """Strict: no unknown keys, and no silent change of type (a number in quotes is not a number)."""
+def _distinct(values: list[T]) -> list[T]:
+    """Images are named by seed and kept by guidance: a repeated value would be the same images twice."""
+    if len(set(values)) < len(values):
+        raise ValueError("distinct values")
+    return values
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+Scheduler = Literal["ddim", "pndm", "ddpm"]
+Steps = Annotated[int, Field(ge=1, le=1000)]  # of a solver: diffusion models here have 1000 timesteps
+Guidance = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent change of type (a number in quotes is not a number), no nan and no inf."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
@@ -36,7 +48,7 @@ class Model(Section):
 class Data(Section):
     pairs: str
     size: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     deduplicate: Literal["prompt", "winner"] | None = None
     flip: bool = False
     precision: Literal["fp32", "fp16"] = "fp32"
@@ -66,8 +78,8 @@ class Train(Section):
 
 
 class Opponent(Section):
-    guidance: float = Field(ge=0)
-    steps: int = Field(ge=1)
+    guidance: Guidance
+    steps: Steps
     scheduler: Scheduler = "ddim"
     batch_size: int = Field(64, ge=1)
     roundtrip: bool = False
@@ -80,10 +92,10 @@ class Prompts(Section):
 
 class Evaluation(Section):
     prompt_sets: dict[str, Prompts] = Field(min_length=1)
-    guidance: list[float] = Field(min_length=1)
-    steps: int = Field(ge=1)
+    guidance: Annotated[list[Guidance], Field(min_length=1), AfterValidator(_distinct)]
+    steps: Steps
     scheduler: Scheduler = "ddim"
-    seeds: list[int] = Field(min_length=1)
+    seeds: Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
     protocol: Literal["one", "mean", "best"] = "one"
     batch_size: int = Field(64, ge=1)
 

@@ -73,7 +73,7 @@ def explain(problem: dict[str, Any], known: dict[str, Any], typed: Sequence[str]
 
 
 def _expected(problem: dict[str, Any]) -> str:
-    plain = problem["msg"].removeprefix("Input should ").removeprefix("be ")
+    plain = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
     plain = f"a value {plain}" if plain.startswith(("greater", "less")) else plain[0].lower() + plain[1:]
     return EXPECTED.get(problem["type"], plain)
 
