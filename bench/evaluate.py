@@ -7,7 +7,7 @@ batches of their own; a block holds a whole number of all these batches, so its 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from inspect import signature
@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from bench import registry
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, first_line
 from bench.mini.judge import Judge
 from bench.stages import atomic_write
 from metrics.base import Images, Metric, check_lengths
@@ -42,20 +43,19 @@ class Scorers:
     def load(cls, names: Sequence[str], judge: str | None = None,
              options: Mapping[str, Mapping[str, Any]] | None = None, device: str = "cpu") -> Scorers:
         """Load the metrics a suite names; `options` holds keyword arguments of `Metric.load` by metric."""
-        options = options or {}
-        loaded = {}
-        for name in names:
-            load = registry.metric(name).load
-            chosen = {"device": device, **options.get(name, {})}
-            try:
-                signature(load).bind(**chosen)
-            except TypeError as error:
-                raise UsageError(f"metric_options.{name}: {error}") from error
-            loaded[name] = load(**chosen)
+        _expect_device(device)
+        chosen = {name: {"device": device, **(options or {}).get(name, {})} for name in names}
+        load = {name: registry.metric(name).load for name in names}
+        for name in names:  # all of them before the first reads its weights
+            _expect_options(name, load[name], chosen[name])
+        loaded = {name: load[name](**chosen[name]) for name in names}
         return cls(loaded, Judge.load(judge, device) if judge else None)
 
     def score(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Score image i against prompt i: float32 [N] by metric, the judge's values as "judge/<name>"."""
+        """Score image i against prompt i: float32 [N] by metric, the judge's values as "judge/<name>".
+
+        Raises BenchError when a score is not finite: a mean would hide it, or lose the prompt in one model alone.
+        """
         check_lengths(images, prompts)
         scores = {name: np.empty(0, np.float32) for name in self.metrics}
         for start in range(0, len(prompts), CHUNK):
@@ -66,11 +66,39 @@ class Scorers:
         if self.judge is not None:
             judged = self.judge.score(images, prompts)
             scores |= {f"judge/{name}": values for name, values in judged.items()}
+        for name, values in scores.items():
+            _expect_finite(name, values, prompts)
         return scores
 
     def info(self) -> dict[str, dict[str, Any]]:
         """How each metric's numbers come about, by name; for the protocol."""
         return {name: metric.info() for name, metric in self.metrics.items()}
+
+
+def _expect_options(name: str, load: Callable[..., Metric], chosen: Mapping[str, Any]) -> None:
+    """Refuse options that a metric's `load` does not take, or that would fail in the middle of the scoring."""
+    try:
+        signature(load).bind(**chosen)
+    except TypeError as error:
+        raise UsageError(f"metric_options.{name}: {error}") from error
+    size = chosen.get("batch_size", 1)
+    if type(size) is not int or size < 1:
+        raise UsageError(f"metric_options.{name}.batch_size: expected an integer of at least 1, got {size!r}")
+
+
+def _expect_device(device: str) -> None:
+    """Refuse a device that is not there before any weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UsageError(f"device {device} cannot be used here: {first_line(error)}") from error
+
+
+def _expect_finite(name: str, values: np.ndarray, prompts: Sequence[str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise BenchError(f"{name}: {len(bad)} of {len(values)} scores are not finite, first {values[bad[0]]} for "
+                         f"{prompts[bad[0]]!r}; check the scorer's weights, or leave it out of the metrics")
 
 
 def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int],

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench import evaluate
+from bench import evaluate, registry
 from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.evaluate import COLUMNS, Scorers
@@ -89,14 +89,41 @@ def test_images_are_read_back_as_written(tmp_path):
 
 
 def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
-    from bench import registry
-
     monkeypatch.setattr(registry, "metric", lambda name: Brightness)
     scorers = Scorers.load(["brightness"], options={"brightness": {"scale": 2.0}})
     assert scorers.metrics["brightness"].scale == 2.0 and scorers.judge is None
     assert scorers.info() == {"brightness": {"version": "1"}}
     with pytest.raises(UsageError, match=r"metric_options\.brightness: .*'scales'"):
         Scorers.load(["brightness"], options={"brightness": {"scales": 2.0}})
+
+
+@pytest.mark.parametrize(("name", "value"), [("brightness", np.nan), ("brightness", np.inf), ("judge/utility", np.nan)])
+def test_a_score_that_is_not_finite_is_refused_with_metric_and_prompt(monkeypatch, name, value):
+    part = Brightness if name == "brightness" else FakeJudge
+    score = part.score
+
+    def broken(self, images, prompts):
+        values = score(self, images, prompts)
+        (values["utility"] if part is FakeJudge else values)[[2, 4]] = value
+        return values
+
+    monkeypatch.setattr(part, "score", broken)
+    with pytest.raises(BenchError, match=f"^{name}: 2 of 6 scores are not finite, first {value} for 'c'; check"):
+        Scorers({"brightness": Brightness.load()}, FakeJudge()).score(sampled(), list("abcdef"))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "4", True])
+def test_a_batch_size_that_is_none_is_refused_before_anything_is_scored(monkeypatch, size):
+    monkeypatch.setattr(registry, "metric", lambda name: Brightness)
+    with pytest.raises(UsageError, match=r"^metric_options\.brightness\.batch_size: expected an integer of at least 1"):
+        Scorers.load(["brightness"], options={"brightness": {"batch_size": size}})
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+def test_a_device_that_is_not_there_is_said_in_one_line(device):
+    with pytest.raises(UsageError, match=f"^device {device} cannot be used here: .+") as caught:
+        Scorers.load([], device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_equal_images_share_one_pass_of_equal_backbones(monkeypatch):
