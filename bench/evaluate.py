@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _expect_finite(name: str, values: np.ndarray, prompts: Sequence[str]) -> Non
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise BenchError(f"{name}: {len(bad)} of {len(values)} scores are not finite, first {values[bad[0]]} for "
-                         f"{prompts[bad[0]]!r}; check the scorer's weights, or leave it out of the metrics")
+                         f"{shorten(prompts[bad[0]], 80)!r}; check the scorer's weights, or leave it out")
 
 
 def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int],

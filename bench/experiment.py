@@ -141,7 +141,8 @@ class Experiment:
         def prepare() -> pieces.Make:
             sampler = Sampler(self.shared.pipe, guidance=settings.guidance, steps=settings.steps,
                               scheduler=settings.scheduler, unet=self.shared.unet(reference),
-                              output="roundtrip" if settings.roundtrip else "latents")
+                              output="roundtrip" if settings.roundtrip else "latents",
+                              name=f"{self.run.method} {iteration}: opponent")
 
             def draw(number: int, folder: Path) -> None:
                 latents = sampler([rows[row] for row in batches[number]])

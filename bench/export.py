@@ -44,7 +44,7 @@ def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: flo
     pipe = models.load_pipeline(model)
     with new_folder(output) as folder:
         pixels = sample(pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds,
-                        batch_size=batch_size)
+                        batch_size=batch_size, name=model)
         paths = evaluate.image_paths(folder, prompts.ids, seeds)
         evaluate.write_images(paths, pixels)
         table = io.StringIO()

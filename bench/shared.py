@@ -188,8 +188,8 @@ class Shared:
         not sample again. Scores are read off the stored images, so a resumed run sees what the first one saw.
         """
         settings, prompts = self.suite.evaluation, self.prompt_sets[prompt_set]
-        label = f"{model.method} {model.iteration}" if model.iteration else model.method
-        label = f"{label}, {prompt_set}, guidance {guidance:g}"
+        who = f"{model.method} {model.iteration}" if model.iteration else model.method
+        label = f"{who}, {prompt_set}, guidance {guidance:g}"
         made_from = {"weights": model.weights.key, "dtype": self.suite.model.dtype,
                      "prompts": fingerprint(prompts.prompts), "guidance": guidance, "steps": settings.steps,
                      "scheduler": settings.scheduler, "seeds": settings.seeds}
@@ -199,7 +199,7 @@ class Shared:
 
         def prepare() -> pieces.Make:
             sampler = Sampler(self.pipe, guidance=guidance, steps=settings.steps, scheduler=settings.scheduler,
-                              unet=self.unet(model.weights))
+                              unet=self.unet(model.weights), name=who)
 
             def draw(number: int, folder: Path) -> None:
                 batch = slice(batches[number].start, batches[number].stop)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_pipeline, make_unet
 
+from bench import sample as sampling
 from bench.cache import encode_images
-from bench.errors import UsageError
+from bench.errors import BenchError, UsageError
 from bench.sample import SCHEDULERS, initial_latents, latent_shape, sample, sample_batches
 from bench.seeding import derive
 
@@ -117,3 +118,61 @@ def test_latent_shape_of_a_wide_unet():
 def test_an_unknown_scheduler_is_named_with_the_nearest():
     with pytest.raises(UsageError, match="'dim' .did you mean 'ddim'.*ddim, pndm, ddpm"):
         sample(PIPE, PROMPTS, guidance=1.0, steps=1, seeds=[1], scheduler="dim")
+
+
+def broken(part: str, value: float):
+    """The pipeline with one bias of its UNet, or all of its VAE's last ones, not finite."""
+    pipe = copy.deepcopy(PIPE)
+    bias = pipe.unet.conv_in.bias if part == "UNet" else getattr(pipe.vae, part).conv_out.bias
+    with torch.no_grad():
+        bias[0 if part == "UNet" else slice(None)] = value
+    return pipe
+
+
+@pytest.mark.parametrize("output", ["images", "latents", "roundtrip"])
+def test_a_unet_with_one_nan_makes_no_black_images(output):
+    with pytest.raises(BenchError) as caught:
+        sample(broken("UNet", torch.nan), PROMPTS, guidance=3.0, steps=2, seeds=[7], output=output, name="sft 1")
+    assert str(caught.value).startswith(
+        "sft 1: what its UNet makes of 'a red cat' (seed 7, guidance 3) is not finite, as of 4 of 4 in the batch; ")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_infinite_vae_makes_no_white_images():
+    pipe, options = broken("decoder", torch.inf), {"guidance": 1.0, "steps": 2, "seeds": [7]}
+    with pytest.raises(BenchError, match="^model: what its VAE makes of 'a red cat' .seed 7, guidance 1. is not"):
+        sample(pipe, PROMPTS, **options)
+    assert np.isfinite(sample(pipe, PROMPTS, output="latents", **options)).all()
+    with pytest.raises(BenchError, match="what its VAE makes"):
+        sample(broken("encoder", torch.nan), PROMPTS, output="roundtrip", **options)
+
+
+def test_the_first_row_that_is_not_finite_is_named(monkeypatch):
+    denoise = sampling._denoise
+
+    def spoilt(*arguments):
+        latents = denoise(*arguments).clone()
+        latents[[2, 3], 0, 0, 0] = torch.inf
+        return latents
+
+    monkeypatch.setattr(sampling, "_denoise", spoilt)
+    with pytest.raises(BenchError, match="its UNet makes of 'dog' .seed 5, .* as of 2 of 4 in the batch"):
+        sample(PIPE, PROMPTS[:2], guidance=1.0, steps=2, seeds=[5, 6])
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+    ({"guidance": float("inf")}, "guidance must be a finite number, got inf"),
+    ({"steps": 1001}, "1001 steps: the model has 1000 timesteps"),
+])
+def test_what_a_solver_cannot_do_is_refused_before_it_begins(options, said):
+    with pytest.raises(UsageError, match=said):
+        sample(PIPE, PROMPTS, **{"guidance": 1.0, "steps": 1, "seeds": [1], **options})
+
+
+def test_guidance_below_one_leans_towards_the_empty_prompt_and_zero_is_it():
+    """n + g (c - n); diffusers' own pipelines would switch guidance off."""
+    options = {"steps": 1, "seeds": [1], "output": "latents"}
+    empty, half, whole = (sample(PIPE, ["dog"], guidance=g, **options) for g in (0.0, 0.5, 1.0))
+    assert np.abs(whole - empty).max() > 1e-3
+    np.testing.assert_allclose(half, (empty + whole) / 2, atol=1e-4)  # one DDIM step is linear in the prediction
