@@ -37,7 +37,7 @@ class TrainSettings:
     prompt_dropout: float = 0.0
     precision: str = "fp32"  # of matrix products and convolutions: "fp32", "bf16", "fp16"; weights stay fp32
     optimizer: str = "adamw"  # or "adamw8bit"
-    ema: float | None = None  # decay of the moving average that becomes the result
+    ema: float | None = None  # decay of the moving average that becomes the result, the same in every step
     lora_rank: int | None = None  # of the adapter that is trained instead of the weights
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -57,8 +57,9 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, for the hash of a stage."""
         later = {field.name: field.default for field in fields(self) if field.name in LATER}
-        return {name: value for name, value in asdict(self).items()
-                if name not in NEUTRAL and not (name in later and value == later[name])}
+        decides = {name: value for name, value in asdict(self).items()
+                   if name not in NEUTRAL and not (name in later and value == later[name])}
+        return decides if self.ema is None else {**decides, "ema_ramp": False}  # results with one are stale
 
 
 def make_accelerator(precision: str) -> Accelerator:

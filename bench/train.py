@@ -121,7 +121,7 @@ class Loop:
         trained = self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
         self.denoiser, self.optimizer = accelerator.prepare(
             Denoiser(unet, prediction_type), make_optimizer(trained, settings, device))
-        self.ema = None if settings.ema is None else EMAModel(trained, decay=settings.ema, foreach=True)
+        self.ema = None if settings.ema is None else moving_average(trained, settings.ema)
         self.signals = Signals(accelerator, len(self.alpha_bar), settings.batch_size, self.paired, flops_per_sample)
         self.watch = Watch(method.name, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
         self.history: list[Row] = []
@@ -259,6 +259,15 @@ class Loop:
         if self.settings.gradient_checkpointing:
             self.policy.disable_gradient_checkpointing()
         self.accelerator.free_memory()
+
+
+def moving_average(weights: list[nn.Parameter], decay: float) -> EMAModel:
+    """a <- decay a + (1 - decay) w after every step, a being the weights w before the first.
+
+    Left to itself diffusers' class takes a <- w at the first step and then min(decay, n / (9 + n)) at step n: a ramp
+    under which 0.999 means 0.7 at step 20 and is reached at 9,000, later than most trainings here end.
+    """
+    return EMAModel(weights, decay=decay, min_decay=decay, update_after_step=-1, foreach=True)
 
 
 def _place(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:

@@ -23,7 +23,7 @@ from bench.models import load_unet
 from bench.recipe import TrainSettings, make_accelerator, require_packages
 from bench.shared import Shared
 from bench.suites import load_suite
-from bench.train import Loop, train
+from bench.train import Loop, moving_average, train
 from methods.diffusion_dpo import DiffusionDPO
 from methods.sft import SFT
 
@@ -52,20 +52,30 @@ def weights(unet: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
 
 
-def test_ema_makes_the_moving_average_the_result_and_leaves_the_training_alone(go, monkeypatch):
-    """Average after each step n = 1, 2, ..: a <- d a + (1 - d) w, d = min(decay, n / (9 + n)), first a <- w."""
+def test_ema_makes_the_moving_average_the_result_and_leaves_the_training_alone(base, go, monkeypatch):
+    """From the weights w0 before the first step, d = 0.2: a3 = d^3 w0 + d^2 (1 - d) w1 + d (1 - d) w2 + (1 - d) w3."""
     seen = []
     step = Loop.step
     monkeypatch.setattr(Loop, "step", lambda self, number: (step(self, number), seen.append(weights(self.policy))))
     averaged, history = go(ema=0.2)
     _, plain = go()
-    average = seen[0].double()
-    for weight, decay in zip(seen[1:3], (2 / 11, 0.2), strict=True):
-        average = decay * average + (1 - decay) * weight
+    average = sum(share * weight.double() for share, weight in
+                  zip((0.008, 0.032, 0.16, 0.8), (weights(base), *seen[:3]), strict=True))
     torch.testing.assert_close(weights(averaged).double(), average, rtol=1e-6, atol=1e-7)
     assert not torch.equal(weights(averaged), seen[2])
     assert torch.equal(seen[2], seen[5])
     assert [row["loss"] for row in history] == [row["loss"] for row in plain]
+
+
+def test_a_decay_of_0_999_moves_two_per_cent_of_the_way_in_20_steps():
+    """By hand 1 - 0.999^20 = 0.0198; under diffusers' own ramp it has gone all of it."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = moving_average([weight], 0.999)
+    with torch.no_grad():
+        weight.fill_(1)
+    for _ in range(20):
+        average.step([weight])
+    assert average.shadow_params[0].item() == pytest.approx(0.0198, abs=5e-5)
 
 
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_bit(go, monkeypatch):
@@ -219,7 +229,8 @@ def test_what_changes_numbers_is_in_the_hash_and_nothing_else():
     plain = SMALL.identity()
     for neutral in ({"checkpoint_every": 3}, {"gradient_checkpointing": True}, {"stop_on_collapse": False}):
         assert replace(SMALL, **neutral).identity() == plain
-    for other in ({"precision": "bf16"}, {"ema": 0.9}, {"lora_rank": 4}, {"optimizer": "adamw8bit"}, {"compile": True},
+    assert replace(SMALL, ema=0.9).identity() == {**plain, "ema": 0.9, "ema_ramp": False}  # it had one once
+    for other in ({"precision": "bf16"}, {"lora_rank": 4}, {"optimizer": "adamw8bit"}, {"compile": True},
                   {"lr_schedule": "linear"}, {"schedule_steps": 5}, {"lr": 0.5}, {"log_every": 7}):
         assert replace(SMALL, **other).identity() == {**plain, **other}
 
