@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from bench.progress import track
 from bench.shards import ALONE, Rows, Share, Store, ahead
@@ -124,6 +125,13 @@ def encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np
                        return_tensors="pt").to(encoder.device)
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
+
+
+def count_truncated(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> int:
+    """How many of these prompts are longer than the text encoder reads, and lose their end in `encode_prompts`."""
+    unique, index = _distinct(prompts)
+    lengths = np.array([len(tokens) for tokens in tokenizer(unique, verbose=False).input_ids])
+    return int((lengths > tokenizer.model_max_length)[index].sum())
 
 
 def _collect(batches: Iterable[np.ndarray], count: int, description: str) -> np.ndarray:

@@ -46,10 +46,10 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "seed": run.seed,
         "iterations": run.iterations,
         "model": model,
-        "data": shared.pairs.record(),
+        "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},
         "metrics": shared.scorers.info(),
         "judge": shared.judge_info(),
-        "prompt_sets": {name: {"source": prompts.name, "count": len(prompts)}
+        "prompt_sets": {name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
                         for name, prompts in shared.prompt_sets.items()},
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "git_commit": git_commit(),

@@ -21,7 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from bench import cost, evaluate, models, pieces
-from bench.cache import Embeddings, cached_latents, cached_prompts
+from bench.cache import Embeddings, cached_latents, cached_prompts, count_truncated
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
 from bench.meter import metered, write_spent
@@ -106,13 +106,31 @@ class Shared:
                 raise UsageError(f"{name}: data.flip mirrors winner and loser together, but samples of the opponent "
                                  "are latents, which cannot be mirrored exactly; set data.flip=false")
 
+    @cached_property
+    def truncated_pairs(self) -> int:
+        """Training pairs whose prompt the text encoder does not read to its end."""
+        return count_truncated(self.pipe.tokenizer, self.pairs.prompts)
+
+    @cached_property
+    def truncated(self) -> dict[str, int]:
+        """Prompts that the text encoder does not read to their end, by prompt set."""
+        return {name: count_truncated(self.pipe.tokenizer, prompts.prompts)
+                for name, prompts in self.prompt_sets.items()}
+
     def announce_data(self) -> None:
-        """Say what was left out of the training data; the same is in the protocol."""
+        """Say what was left out of the training data and cut off prompts; the same is in the protocol."""
+        if not self.accelerator.is_main_process:
+            return
         record = self.pairs.record()
-        if record["left_out"] and self.accelerator.is_main_process:
+        if record["left_out"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in record["left_out"].items())
             click.echo(f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used; left out: {reasons}",
                        err=True)
+        cut = {"training pairs": self.truncated_pairs, **self.truncated}
+        if any(cut.values()):
+            told = ", ".join(f"{count} of {name}" for name, count in cut.items() if count)
+            click.echo(f"prompts longer than the text encoder's {self.pipe.tokenizer.model_max_length} tokens lose "
+                       f"their end: {told}", err=True)
 
     def latents(self, side: str) -> Rows:
         """Latents of all "winners" or "losers", encoded once: `[N, C, h, w]`, with flips `[N, 2, C, h, w]`."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import cache, shards
-from bench.cache import Embeddings, cached_prompts, encode_images, encode_prompts
+from bench.cache import Embeddings, cached_prompts, count_truncated, encode_images, encode_prompts
 from bench.cache import cached_latents as cached
 from bench.errors import BenchError
 from bench.shards import BrokenRows, Share
@@ -195,3 +195,9 @@ def test_prompts_are_cached_by_weights_and_text(tiny_pipeline, tmp_path, monkeyp
     cached_prompts(tmp_path, {"weights": "w"}, tiny_pipeline, prompts[:1])
     cached_prompts(tmp_path, {"weights": "v"}, tiny_pipeline, prompts)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_prompts_longer_than_the_text_encoder_are_counted_as_often_as_they_come(tiny_pipeline):
+    """Of 8 tokens two are the ends, and single letters are one each: six fit."""
+    six, seven = "a b c d e f", "a b c d e f g"
+    assert count_truncated(tiny_pipeline.tokenizer, [six, seven, "", seven]) == 2

@@ -83,7 +83,8 @@ def test_all_methods_leave_a_complete_record(here):
         assert json.loads((run.folder / "config.json").read_text()) == run.config()
         assert json.loads((run.folder / "run.json").read_text())["status"] == "COMPLETED"
         assert (record["run"], record["method"], record["iterations"]) == (run.id, method, iterations)
-        assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4}}
+        assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4, "truncated": 4}}  # of 8 tokens
+        assert record["data"]["truncated"] == 12
         assert record["metrics"]["darkness"]["scale"] == "0 to 255"
         table = pd.read_parquet(run.folder / "scores.parquet")
         models = table[["method", "iteration"]].drop_duplicates().itertuples(index=False, name=None)
