@@ -53,6 +53,11 @@ class Checkpoints:
             if other != step:
                 shutil.rmtree(self.folder / f"step{other}", ignore_errors=True)
 
+    def reached(self) -> int:
+        """The step of the newest checkpoint, 0 when there is none."""
+        newest = self.newest()
+        return int(newest.name.removeprefix("step")) if newest else 0
+
     def seconds(self) -> float:
         """What the training took up to the newest checkpoint."""
         newest = self.newest()

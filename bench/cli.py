@@ -182,7 +182,7 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
 @click.option("--stat", default="mean", show_default=True, help="mean, median, winrate, or agreement: rank "
               "correlations of the metrics with each other and with the judge, per image, per prompt, per model.")
 @click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
-              "the table, or METHOD[:ITERATION].  [default for winrate: base]")
+              "the table, or METHOD[:ITERATION][@STEP].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
 @click.option("--guidance", type=float, help="Only this guidance scale.")
 @click.option("--metrics", help="Only these, e.g. pickscore,clip; judge stands for all its readings, "
@@ -306,16 +306,17 @@ def list_command(kind: str, layout: str) -> None:
 @cli.command()
 @click.argument("name", metavar="RUN")
 @click.option("--iter", "iteration", type=int, help="Which iteration.  [default: the last]")
+@click.option("--step", type=int, help="Which of its checkpoints, by steps within it.  [default: its end]")
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="A folder that does not exist yet.")
-def export(name: str, iteration: int | None, output: Path) -> None:
+def export(name: str, iteration: int | None, step: int | None, output: Path) -> None:
     """Write a trained model as a diffusers pipeline folder.
 
     The folder loads whole with StableDiffusionPipeline.from_pretrained and has a model card.
     """
     from bench.export import export_run
 
-    click.echo(str(export_run(name, iteration, output)))
+    click.echo(str(export_run(name, iteration, output, step)))
 
 
 @cli.command()
@@ -325,7 +326,7 @@ def export(name: str, iteration: int | None, output: Path) -> None:
               help="A txt, csv, jsonl or parquet file, or a set of `bench list prompts`.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
 @click.option("--guidance", type=float, default=3.0, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1, max=1000), default=20, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=[5775709], show_default=True,
               help="May be repeated: one image a prompt for each.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)

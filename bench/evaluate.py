@@ -23,6 +23,7 @@ from PIL import Image
 from bench import registry
 from bench.errors import BenchError, UsageError, first_line
 from bench.mini.judge import Judge
+from bench.runs import Result
 from bench.stages import atomic_write
 from metrics.base import Images, Metric, check_lengths
 from metrics.sharing import shared
@@ -30,7 +31,7 @@ from metrics.sharing import shared
 BLOCK = 256  # prompts scored in one call: a multiple of what any metric takes at once
 CHUNK = 256  # images whose pixels are kept for all metrics: 0.6 MB each and size of image that a metric reads
 THREADS = 8  # that decode images
-COLUMNS = ("run", "method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
+COLUMNS = ("run", "method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seed
     return table[list(COLUMNS)]
 
 
-def image_folder(run_folder: Path, prompt_set: str, guidance: float, iteration: int) -> Path:
-    """Where a run keeps the samples of one model: images/<prompt_set>/g<guidance>/iter<iteration>."""
-    return Path(run_folder) / "images" / prompt_set / f"g{guidance:g}" / f"iter{iteration}"
+def image_folder(run_folder: Path, prompt_set: str, guidance: float, result: Result) -> Path:
+    """Where a run keeps the samples of one model: images/<prompt_set>/g<guidance>/iter<iteration>, or its like."""
+    return Path(run_folder) / "images" / prompt_set / f"g{guidance:g}" / result.name
 
 
 def image_paths(folder: Path, prompt_ids: Sequence[str], seeds: Sequence[int]) -> list[Path]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from bench import adapters, cost, evaluate, models, pieces, processes, registry,
 from bench.batches import sample_order
 from bench.checkpoint import Checkpoints
 from bench.errors import BenchError, UsageError
+from bench.meter import write_spent
 from bench.protocol import write_cost, write_protocol
-from bench.runs import Run
+from bench.runs import BASE, Result, Run
 from bench.sample import Key, Sampler, latent_shape
 from bench.seeding import derive
 from bench.shards import Rows
 from bench.shared import Model, Shared, Weights, link_tree, timed, write_table
-from bench.signals import Row
 from bench.stages import Stage, atomic_write, fingerprint
 from bench.suites import Iteration, Suite
 from bench.train import TrainData, TrainSettings, train
@@ -91,18 +92,38 @@ class Experiment:
         self.scores: list[pd.DataFrame] = []
         self.history: list[pd.DataFrame] = []
         self.done: list[Path] = []
+        self.inside: list[Path] = []  # checkpoints of iterations; what they cost is part of what those did
 
     def stages(self, log_scalar: tracking.LogScalar) -> None:
         if self.processes.main:
             write_protocol(self.run, self.shared)
-        self.evaluate(Model("base", 0, self.shared.base))
+        self.evaluate(Model(BASE, self.shared.base))
         previous = self.shared.base
         for iteration in range(1, self.run.iterations + 1):
             previous = self.iterate(iteration, previous, log_scalar)
-            self.evaluate(Model(self.run.method, iteration, previous))
+            for result in self.results(iteration):
+                self.evaluate(Model(result, self.weights(result, previous)))
+
+    def results(self, iteration: int) -> list[Result]:
+        """The checkpoints of an iteration and its end."""
+        return [result for result in self.run.results if result.iteration == iteration]
+
+    def weights(self, result: Result, end: Weights) -> Weights:
+        """The UNet of a result of the iteration that ended in `end`."""
+        if result.end:
+            return end
+        stage = self.checkpoint(result, end.key)
+        return Weights(stage.directory / "unet", stage.hash)
+
+    def checkpoint(self, result: Result, training: str) -> Stage:
+        """A result inside a training, given by its hash: iter<k>@<step>/unet, beside the iteration's own."""
+        return Stage(self.run.folder / result.name, {"training": training, "step": result.within})
 
     def iterate(self, iteration: int, previous: Weights, log_scalar: tracking.LogScalar) -> Weights:
-        """Train one iteration from the weights of the last; the result is iter<k>/unet."""
+        """Train one iteration from the weights of the last; its end is iter<k>/unet, a checkpoint iter<k>@<step>/unet.
+
+        A checkpoint decides nothing of the end, so it is not in the end's hash.
+        """
         method = self.methods[iteration - 1]
         reference = method.next_reference(self.shared.base, previous)
         opponent = self.opponent(iteration, reference) if method.pairing is Pairing.SELF_PLAY else None
@@ -113,10 +134,18 @@ class Experiment:
             "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
         checkpoints = Checkpoints(self.run.folder / "stages" / f"training{iteration}", stage.hash,
                                   self.suite.training(self.run.method).checkpoint_every)
-        if self.processes.once(lambda: not stage.done):
-            self.train(iteration, stage, previous, reference, opponent, checkpoints)
+        inside = {result.within: self.checkpoint(result, stage.hash) for result in self.results(iteration)
+                  if not result.end}
+        missing = self.processes.once(lambda: [step for step, part in inside.items() if not part.done])
+        if self.processes.once(lambda: bool(missing) or not stage.done):
+            if self.processes.main and missing and missing[0] <= checkpoints.reached():
+                checkpoints.remove()  # the training has passed a result that somebody has removed since
+            self.processes.wait()
+            self.train(iteration, stage, previous, reference, opponent, checkpoints,
+                       {step: inside[step] for step in missing})
         if self.processes.main:
             checkpoints.remove()
+        self.inside += [part.directory for part in inside.values()]
         self.record(stage, iteration, log_scalar)
         return Weights(stage.directory / "unet", stage.hash)
 
@@ -185,33 +214,36 @@ class Experiment:
         return [(seeds[repeat], prompt) for repeat, prompt in zip(repeats.tolist(), prompts.tolist(), strict=True)]
 
     def train(self, iteration: int, stage: Stage, previous: Weights, reference: Weights | None,
-              opponent: Stage | None, checkpoints: Checkpoints) -> None:
+              opponent: Stage | None, checkpoints: Checkpoints, inside: Mapping[int, Stage]) -> None:
+        """Train and leave the end in `stage`, and in `inside` the policy after so many steps."""
         method, settings = self.methods[iteration - 1], self.train_settings(iteration)
         data = TrainData(self.shared.latents("winners"), self.loser_latents(method, opponent),
                          self.shared.embeddings())
-        pairs = settings.steps * settings.batch_size
-        flops = cost.training_flops(self.shared.forward_flops(), pairs, paired=data.losers is not None,
-                                    reference=reference is not None, adapter=settings.lora_rank is not None)
-        with timed(stage, self.processes, f"iter{iteration}/train", checkpoints.seconds(), pairs=pairs,
-                   flops=flops) as folder:
+
+        def amount(steps: int) -> dict[str, int]:
+            pairs = steps * settings.batch_size
+            return {"pairs": pairs, "flops": cost.training_flops(
+                self.shared.forward_flops(), pairs, paired=data.losers is not None, reference=reference is not None,
+                adapter=settings.lora_rank is not None)}
+
+        def keep(step: int, seconds: float) -> None:
+            with inside[step].fresh() as folder:
+                save_result(policy, folder)
+                spent = {"seconds": round(seconds, 3), "devices": self.processes.count}
+                write_spent(folder, f"{inside[step].directory.name}/train", spent, 0.0, **amount(step))
+
+        whole = amount(settings.steps)
+        with timed(stage, self.processes, f"iter{iteration}/train", checkpoints.seconds(), **whole) as folder:
             policy, frozen = self.models(settings, previous, reference)
             history = train(policy, frozen, method, data, settings, self.shared.pipe.scheduler, self.run.seed,
                             self.shared.accelerator, f"{self.run.method} {iteration}: training", checkpoints,
-                            flops_per_sample=flops / pairs)
+                            flops_per_sample=whole["flops"] / whole["pairs"], results=inside, keep=keep)
             if folder is not None:
-                self.keep(policy, settings, history, iteration, folder)
-
-    def keep(self, policy: UNet2DConditionModel, settings: TrainSettings, history: list[Row], iteration: int,
-             folder: Path) -> None:
-        """Write what a training leaves: `unet/` with any adapter merged, the adapter alone, and the signals."""
-        if settings.lora_rank:
-            adapters.save(policy, folder / "lora")
-            adapters.merge(policy)
-        models.save_unet(policy, folder / "unet")
-        rows = pd.DataFrame(history)
-        rows.insert(0, "method", self.run.method)
-        rows.insert(1, "iteration", iteration)
-        rows.to_parquet(folder / "history.parquet", index=False)
+                save_result(policy, folder)
+                rows = pd.DataFrame(history)
+                rows.insert(0, "method", self.run.method)
+                rows.insert(1, "iteration", iteration)
+                rows.to_parquet(folder / "history.parquet", index=False)
 
     def models(self, settings: TrainSettings, previous: Weights, reference: Weights | None,
                ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
@@ -244,7 +276,7 @@ class Experiment:
         self.done.append(stage.directory)
         if self.processes.main:
             write_table(self.run.folder / "history.parquet", pd.concat(self.history, ignore_index=True))
-            write_cost(self.run, self.done, self.shared)
+            write_cost(self.run, self.done, self.shared, self.inside)
 
     def evaluate(self, model: Model) -> None:
         """Add a model's scores on every prompt set and guidance to scores.parquet, its images to the run."""
@@ -254,20 +286,30 @@ class Experiment:
             if self.processes.main:
                 atomic_write(folder / "prompts.json", json.dumps(texts, ensure_ascii=False, indent=1))
             for guidance in self.suite.evaluation.guidance:
-                images = evaluate.image_folder(self.run.folder, name, guidance, model.iteration)
-                if model.iteration == 0:
-                    rows, source = self.shared.score(model, name, guidance)
-                    files = evaluate.image_paths(source, prompts.ids, self.suite.evaluation.seeds)
+                images = evaluate.image_folder(self.run.folder, name, guidance, model.result)
+                if model.result == BASE:
+                    scored = self.shared.score(model, name, guidance)
+                    files = evaluate.image_paths(scored.images, prompts.ids, self.suite.evaluation.seeds)
                     if self.processes.main:
-                        link_tree(source, images, [path.name for path in files])
+                        link_tree(scored.images, images, [path.name for path in files])
                 else:
-                    stage = self.run.folder / "stages" / f"scores{model.iteration}-{name}-g{guidance:g}"
-                    rows, _ = self.shared.score(model, name, guidance, images, stage)
+                    number = model.result.name.removeprefix("iter")
+                    stage = self.run.folder / "stages" / f"scores{number}-{name}-g{guidance:g}"
+                    scored = self.shared.score(model, name, guidance, images, stage)
                     self.done += [images, stage]
-                self.scores.append(rows.assign(run=self.run.id))
+                self.scores.append(scored.rows.assign(run=self.run.id))
         if self.processes.main:
             write_table(self.run.folder / "scores.parquet", pd.concat(self.scores, ignore_index=True))
-            write_cost(self.run, self.done, self.shared)
+            write_cost(self.run, self.done, self.shared, self.inside)
+
+
+def save_result(policy: UNet2DConditionModel, folder: Path) -> None:
+    """`unet/` with any adapter merged, and the adapter alone; the policy itself is left as it is."""
+    if adapters.attached(policy):
+        adapters.save(policy, folder / "lora")
+        policy = copy.deepcopy(policy)
+        adapters.merge(policy)
+    models.save_unet(policy, folder / "unet")
 
 
 class Drawn:

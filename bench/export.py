@@ -16,31 +16,43 @@ import yaml
 from bench import evaluate, models, runs
 from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
-from bench.runs import Run
+from bench.runs import Result, Run
 from bench.sample import sample
 from bench.stages import atomic_write, temporary
 
 
-def export_run(name: str, iteration: int | None, output: Path) -> Path:
-    """Write an iteration (default: the last trained) of a run as a pipeline folder with a model card."""
+def export_run(name: str, iteration: int | None, output: Path, step: int | None = None) -> Path:
+    """Write a result of a run as a pipeline folder with a model card.
+
+    By default that is the end of an iteration, and of the last one trained; `step` names a checkpoint inside it.
+    """
     run = runs.load(name)
-    trained = [k for k in range(1, run.iterations + 1) if (run.folder / f"iter{k}" / "stage.json").exists()]
-    if not trained:
+    trained = [result for result in run.results if (run.folder / result.name / "stage.json").exists()]
+    ends = [result for result in trained if result.end]
+    if not ends:
         raise BenchError(f"{run.id} has no trained iteration yet; bench run --resume {run.id}")
-    iteration = trained[-1] if iteration is None else iteration
-    if iteration not in trained:
-        raise UsageError(f"{run.id} has no iteration {iteration}; it has {', '.join(map(str, trained))}")
+    iteration = ends[-1].iteration if iteration is None else iteration
+    inside = [result for result in trained if result.iteration == iteration]
+    if not inside:
+        raise UsageError(f"{run.id} has no iteration {iteration}; it has "
+                         f"{', '.join(str(result.iteration) for result in ends)}")
+    chosen = next((result for result in inside if (result.end if step is None else result.within == step)), None)
+    if chosen is None:
+        raise UsageError(f"{run.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
+                         f"{', '.join(str(result.within) for result in inside)}")
     with new_folder(output) as folder:
         pipe = models.load_pipeline(run.suite.model.weights)
-        pipe.unet = models.load_unet(run.folder / f"iter{iteration}" / "unet")
+        pipe.unet = models.load_unet(run.folder / chosen.name / "unet")
         pipe.save_pretrained(folder)
-        atomic_write(folder / "README.md", model_card(run, iteration))
+        atomic_write(folder / "README.md", model_card(run, chosen))
     return output
 
 
 def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: float, steps: int,
                   seeds: Sequence[int], batch_size: int) -> None:
     """Sample every prompt with every seed into `<prompt_id>-<seed>.png`, listed in prompts.csv."""
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seed: a seed given twice makes the same image twice: {', '.join(map(str, seeds))}")
     pipe = models.load_pipeline(model)
     with new_folder(output) as folder:
         pixels = sample(pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds,
@@ -71,9 +83,11 @@ def new_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def model_card(run: Run, iteration: int) -> str:
+def model_card(run: Run, result: Result) -> str:
     """A model card: what was trained on what and how, what it scores against the base, and how to use it."""
-    title = f"{run.title}, iteration {iteration}, suite {run.suite.name}"
+    iteration = result.iteration
+    inside = "" if result.end else f", after {result.within} steps of it"
+    title = f"{run.title}, iteration {iteration}{inside}, suite {run.suite.name}"
     suite = run.suite
     evaluation, opponent, train = suite.evaluation, suite.opponents(run.method), suite.training(run.method)
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
@@ -82,7 +96,7 @@ def model_card(run: Run, iteration: int) -> str:
                 for k, settings in enumerate(suite.schedule(run.method, iteration), 1)]
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {title}", "",
-        f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}, in the pipeline it was "
+        f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}{inside}, in the pipeline it was "
         "tuned from.",
         "", "```python", "from diffusers import StableDiffusionPipeline", "",
         'pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")',
@@ -102,19 +116,18 @@ def model_card(run: Run, iteration: int) -> str:
         f"- sampling: {evaluation.steps} {evaluation.scheduler} steps, guidance "
         f"{', '.join(f'{scale:g}' for scale in evaluation.guidance)}, seeds "
         f"{', '.join(map(str, evaluation.seeds))}, protocol `{evaluation.protocol}`",
-        "", "## Scores", "", scores(run, iteration), "",
+        "", "## Scores", "", scores(run, result), "",
     ])
 
 
-def scores(run: Run, iteration: int) -> str:
-    """One iteration beside the base model: what is clear, and the scores with 95 % intervals, in Markdown."""
+def scores(run: Run, result: Result) -> str:
+    """One result beside the base model: what is clear, and the scores with 95 % intervals, in Markdown."""
     from reports import layouts, load, tables, verdict
 
     if not (run.folder / "scores.parquet").exists():
         return "Not evaluated."
     loaded = load.load_runs([run.folder])
-    kept = {label: model for label, model in loaded.models.items()
-            if model[:2] in ((load.BASE, 0), (run.method, iteration))}
+    kept = {label: model for label, model in loaded.models.items() if model in (runs.BASE, result)}
     beside = replace(loaded, models=kept, scores=loaded.scores[loaded.scores["model"].isin(kept)])
     clear = [f"- {one.group[0]} at guidance {one.group[1]:g}: {one.statement} ({one.title})"
              for one in verdict.verdicts(beside)]

@@ -84,7 +84,7 @@ def plan(suite: Suite, methods: Sequence[str], iters: int | None = None, seed: i
     stages = [maker.encode(methods)]
     for name, schedule in schedules.items():
         stages += maker.training(name, schedule)
-    models = 1 + sum(map(len, schedules.values()))
+    models = 1 + sum(len(iteration.checkpoints) + 1 for schedule in schedules.values() for iteration in schedule)
     stages += [maker.sampling(models), maker.scoring(models)]
     return Plan(suite.name, tuple(methods), tuple(stages), tuple(dict.fromkeys(maker.notes)))
 
@@ -174,7 +174,7 @@ class Planner:
             if method.pairing is Pairing.SELF_PLAY:
                 stages.append(self.opponent(name, number, first, iteration.steps))
             stages.append(self.train(name, number, iteration.steps, paired=method.pairing is not Pairing.WINNER,
-                                     reference=method.needs_reference))
+                                     reference=method.needs_reference, checkpoints=len(iteration.checkpoints)))
             first += iteration.steps
         return stages
 
@@ -189,8 +189,9 @@ class Planner:
                          self.resident + self.unet_weights + self.unet_pass(rows),
                          pairs * int(np.prod(self.shape)) * FP32, self.dtype)
 
-    def train(self, method: str, number: int, steps: int, paired: bool, reference: bool) -> StagePlan:
-        """Policy forward and backward, reference forward; the checkpoint is the UNet in fp32.
+    def train(self, method: str, number: int, steps: int, paired: bool, reference: bool,
+              checkpoints: int = 0) -> StagePlan:
+        """Policy forward and backward, reference forward; the result and each checkpoint is the UNet in fp32.
 
         A policy whose adapter is on the reference's weights is the reference too, with the adapter off.
         """
@@ -205,14 +206,15 @@ class Planner:
             accumulate=settings.batch_size > micro, checkpointing=settings.gradient_checkpointing,
             optimizer=settings.optimizer, ema=settings.ema is not None, lora_rank=settings.lora_rank)
         return StagePlan(f"{method} {number}: training", samples, "pairs" if paired else "images", flops,
-                         self.resident + peak, memory.parameter_bytes(self.models.unet), settings.precision)
+                         self.resident + peak, (1 + checkpoints) * memory.parameter_bytes(self.models.unet),
+                         settings.precision)
 
     def training_peak(self, rows: int, **options: Any) -> int:
         return self.once((rows, *options.items()), lambda: memory.training_bytes(
             self.models.unet, self.shape, self.tokens, rows, **options))
 
     def sampling(self, models: int) -> StagePlan:
-        """Images of the base and of every iteration, for all prompt sets, guidance scales and seeds."""
+        """Images of the base and of every result, for all prompt sets, guidance scales and seeds."""
         settings, flops = self.suite.evaluation, 0.0
         evaluations = solver_evaluations(settings.scheduler, settings.steps)
         for guidance in settings.guidance:

@@ -45,6 +45,7 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "method_title": run.title,
         "seed": run.seed,
         "iterations": run.iterations,
+        "results": [result._asdict() for result in run.results],
         "model": model,
         "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},
         "metrics": shared.scorers.info(),
@@ -58,8 +59,11 @@ def write_protocol(run: Run, shared: Shared) -> None:
     atomic_write(path, json.dumps(record, indent=1))
 
 
-def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
-    """Sum up what the stages in these folders cost; what all runs share is listed, but charged to none."""
+def write_cost(run: Run, stages: Iterable[Path], shared: Shared, checkpoints: Iterable[Path] = ()) -> None:
+    """Sum up what the stages in these folders cost; what all runs share is listed, but charged to none.
+
+    Of `checkpoints` of a training is listed what it had cost until then, which is in the training's own cost too.
+    """
     device, dtype, precision = device_name(shared.device), run.suite.model.dtype, run.suite.train.precision
     card = cards.recognise(device) if shared.device.type == "cuda" else None
     peaks = {kind: cards.CARDS[card].peak(kind) if card else None for kind in (dtype, precision)}
@@ -79,6 +83,7 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared) -> None:
     memory = [stage["peak_memory_bytes"] for stage in spent if stage.get("peak_memory_bytes")]
     record = {
         "stages": spent,
+        "checkpoints": [read(folder) for folder in checkpoints],
         "shared_stages": [read(folder) for folder in shared.common.values()],
         "total_seconds": round(sum(stage["seconds"] for stage in spent), 3),
         "train_flops": total("/train", "flops"),

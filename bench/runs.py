@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.stages import atomic_write
@@ -24,6 +24,32 @@ SCORING = ("metrics", "metric_options", "judge")
 """Sections of the suite that a finished run may still change: its images are there, and only scores follow."""
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(@(?P<host>.+))?\.tmp$")
 FORGOTTEN = 24 * 3600  # seconds after which a folder that another host has not touched counts as left behind
+
+
+class Result(NamedTuple):
+    """Weights that are sampled and scored: the base, the end of an iteration, or a checkpoint inside one.
+
+    `step` counts optimizer steps since the base, over all iterations; `within` those of the iteration alone.
+    """
+
+    method: str
+    iteration: int
+    step: int
+    within: int
+    end: bool = True
+
+    @property
+    def name(self) -> str:
+        """What its folders are called: iter0 the base, iter2 the end of the second iteration, iter2@50 inside it."""
+        return f"iter{self.iteration}" + ("" if self.end else f"@{self.within}")
+
+    @property
+    def title(self) -> str:
+        """What progress bars and errors call it."""
+        return f"{self.method} {self.name.removeprefix('iter')}" if self.iteration else self.method
+
+
+BASE = Result("base", 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,16 @@ class Run:
     @property
     def folder(self) -> Path:
         return RUNS / self.id
+
+    @property
+    def results(self) -> list[Result]:
+        """What the run leaves besides the base, in the order in which it is made."""
+        found, first = [], 0
+        for iteration, settings in enumerate(self.suite.schedule(self.method, self.iterations), 1):
+            found += [Result(self.method, iteration, first + within, within, within == settings.steps)
+                      for within in (*settings.checkpoints, settings.steps)]
+            first += settings.steps
+        return found
 
     def config(self) -> dict[str, Any]:
         """All that decides the result; config.json of the run's folder."""

@@ -28,7 +28,7 @@ from bench.meter import metered, write_spent
 from bench.processes import Processes
 from bench.progress import quiet
 from bench.recipe import make_accelerator, require_packages
-from bench.runs import CACHE
+from bench.runs import CACHE, Result
 from bench.sample import Sampler, keys, latent_shape
 from bench.shards import Rows, Share
 from bench.stages import Stage, atomic_write, fingerprint
@@ -46,11 +46,17 @@ class Weights(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A row of the comparison: which method and iteration a UNet belongs to."""
+    """A row of the comparison, and its UNet."""
 
-    method: str
-    iteration: int
+    result: Result
     weights: Weights
+
+
+class Scored(NamedTuple):
+    """The scores of a model on one prompt set (rows of evaluate.COLUMNS), and the folder of its images."""
+
+    rows: pd.DataFrame
+    images: Path
 
 
 class Shared:
@@ -199,15 +205,14 @@ class Shared:
         return self._scoring
 
     def score(self, model: Model, prompt_set: str, guidance: float, images: Path | None = None,
-              scores: Path | None = None) -> tuple[pd.DataFrame, Path]:
-        """Sample and score a model on one prompt set, and return its rows and the folder of its images.
+              scores: Path | None = None) -> Scored:
+        """Sample and score a model on one prompt set.
 
         Both steps are stages of their own, in the folders given or else in the cache: changing a metric does
         not sample again. Scores are read off the stored images, so a resumed run sees what the first one saw.
         """
         settings, prompts = self.suite.evaluation, self.prompt_sets[prompt_set]
-        who = f"{model.method} {model.iteration}" if model.iteration else model.method
-        label = f"{who}, {prompt_set}, guidance {guidance:g}"
+        label = f"{model.result.title}, {prompt_set}, guidance {guidance:g}"
         made_from = {"weights": model.weights.key, "dtype": self.suite.model.dtype,
                      "prompts": fingerprint(prompts.prompts), "guidance": guidance, "steps": settings.steps,
                      "scheduler": settings.scheduler, "seeds": settings.seeds}
@@ -217,7 +222,7 @@ class Shared:
 
         def prepare() -> pieces.Make:
             sampler = Sampler(self.pipe, guidance=guidance, steps=settings.steps, scheduler=settings.scheduler,
-                              unet=self.unet(model.weights), name=who)
+                              unet=self.unet(model.weights), name=model.result.title)
 
             def draw(number: int, folder: Path) -> None:
                 batch = slice(batches[number].start, batches[number].stop)
@@ -228,15 +233,15 @@ class Shared:
 
         flops = cost.sampling_flops(self.forward_flops(), self.vae_flops[1], len(rows), steps=settings.steps,
                                     guidance=guidance)
-        name = f"iter{model.iteration}/images/{prompt_set}-g{guidance:g}"
+        name = f"{model.result.name}/images/{prompt_set}-g{guidance:g}"
         if images is None:
             self.common[name] = drawn.directory
         pieces.divided(drawn, self.processes, name, batches, prepare, description=f"sampling {label}",
                        images=len(rows), flops=flops)
-        return self._scored(model, prompt_set, guidance, drawn, scores, f"scoring {label}"), drawn.directory
+        return self._scored(model, prompt_set, guidance, drawn, scores, f"scoring {label}")
 
     def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None,
-                description: str) -> pd.DataFrame:
+                description: str) -> Scored:
         prompts, seeds = self.prompt_sets[prompt_set], self.suite.evaluation.seeds
         made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "judge": self.judge_info(),
                      "prompt_set": prompt_set}
@@ -244,7 +249,7 @@ class Shared:
         rows = keys(prompts.prompts, seeds)
         blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
 
-        name = f"iter{model.iteration}/scores/{prompt_set}-g{guidance:g}"
+        name = f"{model.result.name}/scores/{prompt_set}-g{guidance:g}"
         if scores is None:
             self.common[name] = stage.directory
         flops = 0 if stage.done else len(rows) * self.scoring_flops(prompts.prompts[0])
@@ -252,19 +257,22 @@ class Shared:
         def score(number: int, folder: Path) -> None:
             block = slice(blocks[number].start, blocks[number].stop)
             paths = evaluate.image_paths(drawn.directory, prompts.ids, seeds)[block]
-            values = self.scorers.score(evaluate.read_images(paths), [prompt for _, prompt in rows[block]])
+            images, asked = evaluate.read_images(paths), [prompt for _, prompt in rows[block]]
+            values = self.scorers.score(images, asked)
             write_table(pieces.path(folder, number, ".parquet"), pd.DataFrame(values))
 
         def join(folder: Path) -> None:
             parts = [pd.read_parquet(pieces.path(folder, number, ".parquet")) for number in range(len(blocks))]
             values = {str(name): column.to_numpy() for name, column in pd.concat(parts).items()}
-            identity = {"run": "", "method": model.method, "iteration": model.iteration, "prompt_set": prompt_set,
-                        "guidance": float(guidance)}
+            identity = {"run": "", "method": model.result.method, "iteration": model.result.iteration,
+                        "step": model.result.step, "prompt_set": prompt_set, "guidance": float(guidance)}
             write_table(folder / "scores.parquet", evaluate.table_rows(values, prompts.ids, seeds, identity))
 
         pieces.divided(stage, self.processes, name, blocks, lambda: score, join, description, images=len(rows),
                        flops=flops)
-        return pd.read_parquet(stage.directory / "scores.parquet")
+        # scores of before there were checkpoints have no step
+        table = pd.read_parquet(stage.directory / "scores.parquet").assign(step=model.result.step)
+        return Scored(table[list(evaluate.COLUMNS)], drawn.directory)
 
     def judge_info(self) -> dict[str, Any] | None:
         return self.scorers.judge.info() if self.scorers.judge else None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ from bench.signals import Broken, Row, Signals, Watch
 from methods.base import Errors, Method, Pairing
 
 __all__ = ["TrainData", "TrainSettings", "train"]
+
+Keep = Callable[[int, float], None]  # of a step and the seconds until then
+
+
 class Denoiser(nn.Module):
     """A UNet that answers with the predicted noise in fp32, whatever it was trained to predict.
 
@@ -63,7 +67,7 @@ def denoising_errors(denoiser: nn.Module, batch: Batch, paired: bool) -> Errors:
 def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
           data: TrainData, settings: TrainSettings, noise_scheduler: Any, seed: int, accelerator: Accelerator,
           description: str = "training", checkpoints: Checkpoints | None = None,
-          flops_per_sample: float | None = None) -> list[Row]:
+          flops_per_sample: float | None = None, results: Collection[int] = (), keep: Keep | None = None) -> list[Row]:
     """Train `policy` in place with fp32 weights and return the logged signals.
 
     `noise_scheduler` is the pipeline's (any diffusers scheduler): its `alphas_cumprod` and `prediction_type`
@@ -76,7 +80,11 @@ def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, 
     `settings.ema` the policy ends as the moving average of its trained weights.
 
     With `checkpoints` a training that was killed goes on after the newest of them and ends with the weights and
-    signals of an undisturbed one, bit for bit on a CPU. Raises BenchError when the training breaks or collapses.
+    signals of an undisturbed one, bit for bit on a CPU.
+
+    After each number of steps in `results` the main process calls `keep` with it and with the seconds the training
+    took until then; meanwhile `policy` is what it would be if the training ended there. Nothing is restarted, and the
+    end is the same to the last bit. Raises BenchError when the training breaks or collapses.
     """
     _check(policy, reference, method, data, settings, accelerator)
     loop = Loop(policy, reference, method, data, settings, noise_scheduler, seed, accelerator, flops_per_sample)
@@ -89,6 +97,8 @@ def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, 
             loop.step(step)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 loop.log(step)
+            if step + 1 in results:  # before the state to resume from, so that no resumed training passes it by
+                loop.result(step + 1, keep)
             if checkpoints and checkpoints.due(step + 1) and step + 1 < settings.steps:
                 loop.save(checkpoints, step)
         loop.finish()
@@ -227,7 +237,37 @@ class Loop:
     def _finite(self, totals: dict[str, list[float]]) -> bool:
         """Whether the signals since the last row and the weights themselves are finite."""
         summed = all(math.isfinite(totals[name][0]) for name in self.watch.finite if name in totals)
-        return summed and bool(torch.stack([weight.isfinite().all() for weight in self.trained]).all())
+        return summed and self._weights_finite()
+
+    def _weights_finite(self) -> bool:
+        return bool(torch.stack([weight.isfinite().all() for weight in self.trained]).all())
+
+    def result(self, step: int, keep: Keep) -> None:
+        """Show the policy as it would be if the training ended after `step` steps."""
+        self.expect_finite(step)
+        began = time.perf_counter()
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                keep(step, self.earlier + began - self.started)
+        self.accelerator.wait_for_everyone()
+        self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
+
+    def expect_finite(self, step: int) -> None:
+        """Refuse to make a result of weights that the last step broke; the log would show it in the next one only."""
+        if not self._weights_finite():
+            raise Broken(f"{self.method.name}: the weights are not finite after step {self.settings.first_step + step} "
+                         f"(lr {self.settings.learning_rate(step - 1):g}); try a lower lr or a longer warm-up")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Lend the policy the moving average, where one is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trained)
+        self.ema.copy_to(self.trained)
+        yield
+        self.ema.restore(self.trained)
 
     def resume(self, checkpoints: Checkpoints) -> int:
         """Take over the newest checkpoint and return the step to go on with, 0 when there is none."""
@@ -251,6 +291,7 @@ class Loop:
 
     def finish(self) -> None:
         """Leave the moving average in the policy, where one is kept."""
+        self.expect_finite(self.settings.steps)
         if self.ema is not None:
             self.ema.copy_to(self.trained)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from bench.runs import Result
 from reports.load import BASE
 from reports.plots import INK, panel, quiet, spoken, svg
 
@@ -35,7 +36,7 @@ def radar(values: pd.DataFrame, palette: dict[str, str]) -> str:
 
 
 def efficiency(
-    rows: pd.DataFrame, along: str, axis: str, models: dict[str, tuple[str, int]], palette: dict[str, str], label: str
+    rows: pd.DataFrame, along: str, axis: str, models: dict[str, Result], palette: dict[str, str], label: str
 ) -> str:
     """Score against what it cost (Figure 7 and the cost axis): one line a method, from the base at nothing.
 
@@ -43,8 +44,8 @@ def efficiency(
     """
     figure, axes = panel(4.4, 2.8)
     values = rows.set_index("model")
-    for method in dict.fromkeys(models[model][0] for model in values.index if models[model][0] != BASE):
-        own = [model for model in values.index if models[model][0] == method]
+    for method in dict.fromkeys(models[model].method for model in values.index if models[model].method != BASE):
+        own = [model for model in values.index if models[model].method == method]
         line = values.loc[([BASE] if BASE in values.index else []) + own]
         axes.plot(line[along], line["value"], color=palette[own[-1]], linewidth=1.6)
         bars = [line["value"] - line["low"], line["high"] - line["value"]]

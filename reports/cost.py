@@ -1,4 +1,4 @@
-"""What each model cost, summed over the iterations that led to it."""
+"""What each model cost, summed over the trainings that led to it."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import re
 
 import pandas as pd
 
+from bench.runs import Result
 from reports.load import BASE, Runs
 
-STAGE = re.compile(r"^iter(\d+)/(train|opponent)$")  # what makes a model; tests of it are not its price
+OPPONENT = re.compile(r"^iter(\d+)/opponent$")
 
 
 def costs(runs: Runs) -> pd.DataFrame:
-    """One row a model, cumulative over its iterations, means over training seeds.
+    """One row a model, cumulative over what led to it, means over training seeds.
 
     Columns model, pairs (winners) seen, train_flops, sample_flops (the opponent's images), seconds, device.
-    The base costs nothing here.
+    The base costs nothing here. A checkpoint has what its training had cost by then, and all of its iteration's
+    opponent, whose images are made before the first step.
     """
     rows = []
-    for label, (method, iteration) in runs.models.items():
-        if method == BASE:
+    for label, result in runs.models.items():
+        if result.method == BASE:
             rows.append({"model": label, "pairs": 0, "train_flops": 0.0, "sample_flops": 0.0, "seconds": 0.0})
             continue
         found = [
-            _until(runs.costs[run], iteration)
+            _until(runs.costs[run], result)
             for run, protocol in runs.protocols.items()
-            if protocol.get("method") == method and runs.costs.get(run)
+            if protocol.get("method") == result.method and runs.costs.get(run)
         ]
         rows += [{"model": label, **cost} for cost in found if cost]
     columns = ["model", "pairs", "train_flops", "sample_flops", "seconds", "device"]
@@ -34,21 +36,28 @@ def costs(runs: Runs) -> pd.DataFrame:
     return mean.join(table.groupby("model", sort=False)["device"].first()).reset_index()
 
 
-def _until(cost: dict, iteration: int) -> dict | None:
-    """Costs of the training stages up to an iteration; None where the record does not reach it."""
-    total = {"pairs": 0, "train_flops": 0.0, "sample_flops": 0.0, "seconds": 0.0}
-    reached = 0
-    for stage in cost.get("stages", []):
-        found = STAGE.match(str(stage.get("name", "")))
-        if not found or int(found[1]) > iteration:
-            continue
-        total["seconds"] += stage.get("seconds") or 0.0
-        total["train_flops" if found[2] == "train" else "sample_flops"] += stage.get("flops") or 0.0
-        if found[2] == "train":
-            total["pairs"] += stage.get("pairs") or 0
-            reached = max(reached, int(found[1]))
-    total["device"] = str(cost.get("device", ""))
-    return total if reached == iteration else None
+def _until(cost: dict, result: Result) -> dict | None:
+    """Costs of what made a result, tests of it not among them; None where the record does not reach it."""
+    ends = {f"iter{iteration}/train" for iteration in range(1, result.iteration)}
+    trained = [
+        stage
+        for stage in [*cost.get("stages", []), *cost.get("checkpoints", [])]
+        if stage.get("name") in ends | {f"{result.name}/train"}
+    ]
+    if not any(stage["name"] == f"{result.name}/train" for stage in trained):
+        return None
+    opponents = [
+        stage
+        for stage in cost.get("stages", [])
+        if (found := OPPONENT.match(str(stage.get("name")))) and int(found[1]) <= result.iteration
+    ]
+    return {
+        "pairs": sum(stage.get("pairs") or 0 for stage in trained),
+        "train_flops": sum(stage.get("flops") or 0.0 for stage in trained),
+        "sample_flops": sum(stage.get("flops") or 0.0 for stage in opponents),
+        "seconds": sum(stage.get("seconds") or 0.0 for stage in [*trained, *opponents]),
+        "device": str(cost.get("device", "")),
+    }
 
 
 def duration(seconds: float) -> str:

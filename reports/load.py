@@ -11,12 +11,15 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
+from bench import runs as stored
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
+from bench.runs import Result
 from bench.suites import Suite
 
-BASE = "base"
+BASE = stored.BASE.method
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
-KEYS = ["method", "iteration", "train_seed", *COLUMNS[2:-1]]
+RESULT = ["method", "iteration", "step"]  # what tells the models of a run apart
+KEYS = [*RESULT, "train_seed", *COLUMNS[2:-1]]
 METHOD_ORDER = (BASE, "sft", "diffusion_dpo", "spin")
 # Settings that change how fast a number is made but not the number, or that are chosen when a table is read.
 INCIDENTAL = {
@@ -36,9 +39,11 @@ INCIDENTAL = {
 class Runs:
     """Comparable runs, newest first.
 
-    scores: long table, one row a score: run, model (label), method, iteration, train_seed (NA for the base),
-    prompt_set, prompt_id, seed (of sampling), guidance, metric, value. history: the logged training signals
-    with run, model and train_seed. problems: one line for each thing left out or in doubt.
+    scores: long table, one row a score: run, model (label), method, iteration, step (optimizer steps since the
+    base), train_seed (NA for the base), prompt_set, prompt_id, seed (of sampling), guidance, metric, value.
+    history: the logged training signals with run, model (the first result that a row leads to) and train_seed.
+    models: what each label stands for, in the order of tables. problems: one line for each thing left out or in
+    doubt.
     """
 
     scores: pd.DataFrame
@@ -46,7 +51,7 @@ class Runs:
     protocols: dict[str, dict]
     costs: dict[str, dict]
     folders: dict[str, Path]
-    models: dict[str, tuple[str, int]]
+    models: dict[str, Result]
     problems: list[str] = field(default_factory=list)
     arrays: dict = field(default_factory=dict, repr=False)  # scores by setting, kept by tables.group_scores
     agreements: dict = field(default_factory=dict, repr=False)  # kept by agreement.setting
@@ -74,19 +79,25 @@ class Runs:
         return next((t for t in titles if t), method)
 
     def resolve(self, name: str) -> str:
-        """A model's label from its label, its method's name (last iteration) or method:iteration."""
+        """A model's label from its label, or from METHOD[:ITERATION][@STEP].
+
+        STEP counts within the iteration. Where it or the iteration is left out, the last there is.
+        """
         folded = {label.casefold(): label for label in self.models}
         if name.casefold() in folded:
             return folded[name.casefold()]
-        method, _, iteration = name.partition(":")
+        rest, _, step = name.partition("@")
+        method, _, iteration = rest.partition(":")
         found = [
             label
-            for label, (m, i) in self.models.items()
-            if m.casefold() == method.casefold() and iteration in ("", str(i))
+            for label, result in self.models.items()
+            if result.method.casefold() == method.casefold()
+            and iteration in ("", str(result.iteration))
+            and step in ("", str(result.within))
         ]
         if found:
             return found[-1]
-        options = [*self.models, *(m for m, _ in self.models.values())]
+        options = [*self.models, *(result.method for result in self.models.values())]
         raise UsageError(
             f"no model '{name}' in these runs{did_you_mean(name, options)}; "
             f"there are {', '.join(self.models)}"
@@ -159,8 +170,12 @@ def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
     missing = [name for name in COLUMNS if name not in scores]
     if missing:
         raise ValueError(f"scores.parquet lacks {', '.join(missing)}")
-    scores = scores[COLUMNS].astype(
-        {"iteration": "int64", "seed": "int64", "guidance": float, "value": float}
+    results = _results(protocol, int(scores["iteration"].max()))
+    if "step" not in scores:  # of before a training could have results inside it
+        ends = {result.iteration: result.step for result in results}
+        scores = scores.assign(step=scores["iteration"].map(ends).fillna(0))
+    scores = scores[[*RESULT, *COLUMNS[2:]]].astype(
+        {"iteration": "int64", "step": "int64", "seed": "int64", "guidance": float, "value": float}
     )
     finite = scores["value"].notna() & scores["value"].abs().ne(float("inf"))
     if not finite.all():
@@ -185,9 +200,26 @@ def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
         "protocol": protocol,
         "suite": _with_defaults(protocol.get("suite", {})),
         "scores": scores,
+        "results": results,
         "cost": cost,
         "history": _history(folder, int(protocol["seed"])),
     }
+
+
+def _results(protocol: dict, iterations: int) -> list[Result]:
+    """What a run leaves, as its protocol says; in one of before there were checkpoints, the ends of its iterations."""
+    if "results" in protocol:
+        try:
+            return [Result(**result) for result in protocol["results"]]
+        except TypeError as error:
+            raise ValueError(f"protocol.json: results are not as bench writes them ({error})") from error
+    method, found, step = protocol.get("method", ""), [], 0
+    listed = protocol.get("suite", {}).get("methods", {}).get(method, {}).get("iterations") or [{}]
+    for iteration in range(1, iterations + 1):
+        within = int(listed[min(iteration, len(listed)) - 1].get("steps", 0))
+        step += within
+        found.append(Result(method, iteration, step, within))
+    return found
 
 
 def _json(path: Path) -> dict:
@@ -233,10 +265,14 @@ def _shared(run: dict) -> dict[str, Any]:
 
 
 def _own(run: dict) -> dict[str, Any]:
-    """What must be equal in runs of one method: its settings, over the sections of the suite that they change."""
+    """What must be equal in runs of one method: its settings, over the sections of the suite that they change.
+
+    Checkpoints need not be: they leave the training as it is.
+    """
     entry = run["suite"].get("methods", {}).get(run["protocol"].get("method"), {})
     changed = {name: {**run["suite"].get(name, {}), **entry.get(name, {})} for name in ("train", "opponent")}
-    return {key: value for key, value in _flat({**entry, **changed}).items() if key not in INCIDENTAL}
+    settings = _flat({**entry, **changed}).items()
+    return {key: value for key, value in settings if key not in INCIDENTAL and ".checkpoints" not in key}
 
 
 def _mismatch(run: dict, kept: list[dict]) -> str:
@@ -289,19 +325,16 @@ def _join(kept: list[dict], problems: list[str]) -> Runs:
         {},
         problems,
     )
-    runs.models = _labels(runs)
+    runs.models = _labels(runs, [result for run in kept for result in run["results"]])
     labels = pd.DataFrame(
-        [(*model, label) for label, model in runs.models.items()], columns=["method", "iteration", "model"]
+        [(*result[:3], label) for label, result in runs.models.items()], columns=[*RESULT, "model"]
     )
     runs.scores = runs.scores.merge(labels, how="left")
-    if len(runs.history):
-        runs.history = runs.history.merge(labels, how="left")
-    else:
-        runs.history["model"] = ""
+    runs.history = _led_to(runs.history, labels)
     used = set(runs.scores["run"])
     runs.history = (
         runs.history[runs.history["run"].isin(used)]
-        .drop_duplicates(["method", "iteration", "train_seed", "step"])
+        .drop_duplicates([*RESULT, "train_seed"])
         .reset_index(drop=True)
     )
     for name in ("run", "model", "method", "prompt_set", "prompt_id", "metric"):
@@ -321,20 +354,41 @@ def _base_disagreements(kept: list[dict]) -> list[str]:
     return found
 
 
-def _labels(runs: Runs) -> dict[str, tuple[str, int]]:
-    """Label -> (method, iteration), ordered as in every table: base, one-shot methods, then the iterated."""
-    pairs = {(str(m), int(i)) for m, i in runs.scores[["method", "iteration"]].drop_duplicates().values}
-    counts = {method: sum(m == method for m, _ in pairs) for method, _ in pairs}
+def _led_to(history: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
+    """Every row of the log with the first result that it leads to: the next of its iteration."""
+    if history.empty:
+        return history.assign(model="")
+    rows = history.assign(row=range(len(history)), step=history["step"].astype("int64")).sort_values("step")
+    found = pd.merge_asof(
+        rows, labels.sort_values("step"), on="step", by=["method", "iteration"], direction="forward"
+    )
+    return found.sort_values("row", ignore_index=True).drop(columns="row")
 
-    def order(pair: tuple[str, int]) -> tuple:
-        method, iteration = pair
-        rank = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-        return method != BASE, counts[method] > 1, rank, method, iteration
 
-    labels: dict[str, tuple[str, int]] = {}
-    for method, iteration in sorted(pairs, key=order):
-        label = BASE if method == BASE else runs.title(method)
-        if counts[method] > 1:
-            label = f"{label.removesuffix('-Diffusion')}-{iteration}"
-        labels[label if label not in labels else f"{label} ({method})"] = (method, iteration)
+def _labels(runs: Runs, known: Sequence[Result]) -> dict[str, Result]:
+    """Label -> result, ordered as in every table: base, one-shot methods, then the iterated.
+
+    SFT, or SFT@100 where a method of one iteration has results inside it; SPIN-2 and SPIN-2@50 where there are
+    several iterations.
+    """
+    there = {(str(m), int(i), int(s)) for m, i, s in runs.scores[RESULT].drop_duplicates().values}
+    named = {result[:3]: result for result in (stored.BASE, *reversed(known))}
+    results = [named.get(key, Result(*key, within=key[2])) for key in there]
+    iterations = {result.method: {r.iteration for r in results if r.method == result.method} for result in results}
+    divided = {result.method for result in results if not result.end}
+
+    def order(result: Result) -> tuple:
+        rank = METHOD_ORDER.index(result.method) if result.method in METHOD_ORDER else len(METHOD_ORDER)
+        several = len(iterations[result.method]) > 1
+        return result.method != BASE, several, rank, result.method, result.iteration, result.step
+
+    labels: dict[str, Result] = {}
+    for result in sorted(results, key=order):
+        several = len(iterations[result.method]) > 1
+        inside = not result.end or (result.method in divided and not several)
+        label = BASE if result.method == BASE else runs.title(result.method)
+        if several or inside:
+            label = label.removesuffix("-Diffusion")
+        label += f"-{result.iteration}" * several + f"@{result.within}" * inside
+        labels[label if label not in labels else f"{label} ({result.method})"] = result
     return labels

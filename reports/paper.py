@@ -132,7 +132,9 @@ def _measured(runs: Runs) -> dict[str, str]:
     for row, wanted in ROWS.items():
         method, iteration = wanted or ("", None)
         labels = [
-            label for label, (m, i) in runs.models.items() if m == method and iteration in (None, i)
+            label
+            for label, result in runs.models.items()
+            if result.method == method and iteration in (None, result.iteration)
         ]
         found[row] = labels[-1] if labels else ""
     return found | {label: label for label in runs.models if label not in found.values()}

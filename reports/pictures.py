@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.runs import Result
 from reports import stats
 from reports.load import BASE, Runs, prompt_texts
 from reports.tables import lead_metric, metric_names
@@ -79,7 +80,7 @@ def gallery(
     rows = rows[rows["train_seed"].isna() | (rows["train_seed"] == rows["model"].map(first).astype("Int64"))]
     homes = rows.groupby("model", observed=True)["run"].first().to_dict()
     models = [model for model in runs.models if model in homes]
-    folders = {m: picture_folder(runs.folders[homes[m]], group, runs.models[m][1]) for m in models}
+    folders = {m: picture_folder(runs.folders[homes[m]], group, runs.models[m]) for m in models}
     names = {m: {p.name for p in folder.iterdir()} if folder else set() for m, folder in folders.items()}
     there = [
         p
@@ -110,10 +111,10 @@ def gallery(
     return Gallery(models, [row(p) for p in there[: amount.rows]], extremes, int(seeds[0]), trained)
 
 
-def picture_folder(run: Path, group: tuple[str, float], iteration: int) -> Path | None:
+def picture_folder(run: Path, group: tuple[str, float], result: Result) -> Path | None:
     """Where a run keeps the pictures of one model of its own, None where it has none."""
     for scale in (f"g{group[1]:g}", f"g{group[1]}"):
-        folder = run / "images" / group[0] / scale / f"iter{iteration}"
+        folder = run / "images" / group[0] / scale / result.name
         if folder.is_dir():
             return folder
     return None

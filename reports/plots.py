@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.runs import Result
 from reports.layouts import statistic
 from reports.load import BASE
 
@@ -35,17 +36,19 @@ SIGNALS = {
 }
 
 
-def colours(models: dict[str, tuple[str, int]]) -> dict[str, str]:
-    """One colour a model, everywhere: a hue for each method, darker each iteration, grey for the base."""
-    methods = list(dict.fromkeys(method for method, _ in models.values() if method != BASE))
+def colours(models: dict[str, Result]) -> dict[str, str]:
+    """One colour a model, everywhere: a hue for each method, darker towards its last result, grey for the base."""
+    methods = list(dict.fromkeys(result.method for result in models.values() if result.method != BASE))
     spare = iter(SPARE * (1 + len(methods)))
     hues = {method: HUES.get(method) or next(spare) for method in methods}
-    last = {method: max(i for m, i in models.values() if m == method) for method in methods}
+    own = {method: [label for label in models if models[label].method == method] for method in methods}
     found = {}
-    for label, (method, iteration) in models.items():
-        found[label] = (
-            GREY if method == BASE else _lighter(hues[method], 0.25 * min(last[method] - iteration, 2))
-        )
+    for label, result in models.items():
+        if result.method == BASE:
+            found[label] = GREY
+            continue
+        before_last = len(own[result.method]) - 1 - own[result.method].index(label)
+        found[label] = _lighter(hues[result.method], 0.25 * min(before_last, 2))
     return found
 
 
@@ -69,21 +72,23 @@ def differences(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     return svg(figure, f"{label}: " + spoken(rows))
 
 
-def iterations(
-    rows: pd.DataFrame, models: dict[str, tuple[str, int]], palette: dict[str, str], label: str
-) -> str:
-    """Score per iteration with intervals (the paper's Figure 3); one-shot methods are horizontal lines."""
+def iterations(rows: pd.DataFrame, models: dict[str, Result], palette: dict[str, str], label: str) -> str:
+    """Score per iteration with intervals (the paper's Figure 3); one-shot methods are horizontal lines.
+
+    Of an iteration only its end: results inside it have their place where costs are the axis.
+    """
     figure, axes = panel(3.5, 2.4)
+    rows = rows[[models[model].end for model in rows["model"]]]
     values = rows.set_index("model")
-    methods = list(dict.fromkeys(models[model][0] for model in values.index))
+    methods = list(dict.fromkeys(models[model].method for model in values.index))
     for method in methods:
-        own = [model for model in values.index if models[model][0] == method]
+        own = [model for model in values.index if models[model].method == method]
         if len(own) == 1:
             row = values.loc[own[0]]
             axes.axhline(row["value"], color=palette[own[0]], linewidth=1.6, dashes=(4, 2))
             continue
         line = ([BASE] if BASE in values.index else []) + own
-        steps = [models[model][1] for model in line]
+        steps = [models[model].iteration for model in line]
         found = values.loc[line]
         axes.fill_between(
             steps,
@@ -96,7 +101,7 @@ def iterations(
         axes.plot(steps, found["value"], color=palette[own[-1]], linewidth=2)
         for step, model in zip(steps, line, strict=True):
             axes.plot(step, values.loc[model, "value"], "o", color=palette[model], markersize=6)
-    last = max(models[model][1] for model in values.index)
+    last = max(models[model].iteration for model in values.index)
     axes.set_xticks(range(last + 1), [BASE if i == 0 else str(i) for i in range(last + 1)])
     axes.set_xlim(-0.15, last + 0.15)
     axes.set_xlabel("iteration")

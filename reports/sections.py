@@ -74,7 +74,7 @@ def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: str) ->
         views.append(_agreement_view(runs, verdict))
         found["charts"] = _charts(runs, verdict, mean, palette, lead)
     views.append(_view("median", "Median", tables.table(runs, "median", **where)))
-    if any(iteration > 1 for _, iteration in runs.models.values()):
+    if any(result.iteration > 1 for result in runs.models.values()):
         found["panels"] = _panels(mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
     rows = mean[mean["metric"] == lead]
     return found | {
@@ -91,7 +91,7 @@ def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: str) ->
 def _rival(runs: Runs) -> str | None:
     """The second baseline of win rates: Diffusion-DPO as in the paper's Figure 1, else SFT."""
     for method in ("diffusion_dpo", "sft"):
-        found = [label for label, (m, _) in runs.models.items() if m == method]
+        found = [label for label, result in runs.models.items() if result.method == method]
         if found and len(runs.models) > 2:
             return found[-1]
     return None
@@ -257,8 +257,8 @@ def training(runs: Runs, palette: dict[str, str]) -> list[tuple[str, Any]]:
     logged = runs.history
     models = [model for model in runs.models if model in set(logged["model"])]
     by_method = {
-        runs.title(method): [m for m in models if runs.models[m][0] == method]
-        for method in dict.fromkeys(runs.models[model][0] for model in models)
+        runs.title(method): [m for m in models if runs.models[m].method == method]
+        for method in dict.fromkeys(runs.models[model].method for model in models)
     }
     panels = [(f"loss, {title}", "loss", own) for title, own in by_method.items()]
     panels += [(name, signal, models) for signal, name in plots.SIGNALS.items()]

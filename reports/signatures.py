@@ -51,8 +51,10 @@ def signatures(runs: Runs, group: tuple[str, float]) -> list[Signature]:
 
 
 def _ended(runs: Runs, model: str) -> pd.DataFrame:
-    """The last fifth of a model's own iteration, of all training seeds."""
-    rows = runs.history[runs.history["model"] == model]
+    """The last fifth of what a model's own iteration had logged by then, of all training seeds."""
+    result, logged = runs.models[model], runs.history
+    own = (logged["method"] == result.method) & (logged["iteration"] == result.iteration)
+    rows = logged[own & (logged["step"] <= result.step)]
     if rows.empty:
         return rows
     first, last = rows["step"].min(), rows["step"].max()
@@ -136,7 +138,7 @@ def diversity(runs: Runs, group: tuple[str, float], model: str) -> dict[str, flo
     """Prompt id -> root mean square difference, in [0, 1], between its pictures of different sampling seeds."""
     rows = runs.scores
     run = rows.loc[(rows["model"] == model) & (rows["prompt_set"] == group[0]), "run"]
-    folder = picture_folder(runs.folders[run.iloc[0]], group, runs.models[model][1]) if len(run) else None
+    folder = picture_folder(runs.folders[run.iloc[0]], group, runs.models[model]) if len(run) else None
     if folder is None:
         return {}
     found: dict[str, list[Path]] = {}

@@ -62,12 +62,13 @@ def dies(monkeypatch):
     return at
 
 
-def go(base, accelerator, checkpoints=None, method=None, data=None, **changes):
-    """Train a copy of `base`; return its weights and the history without rates."""
+def go(base, accelerator, checkpoints=None, method=None, data=None, results=(), kept=None, **changes):
+    """Train a copy of `base`; return its weights and the history without rates. `kept` is given the results inside."""
     policy = copy.deepcopy(base)
-    settings = replace(SETTINGS, steps=7, log_every=3, batch_size=3, micro_batch=2, **changes)
+    settings = replace(SETTINGS, **{"steps": 7, "log_every": 3, "batch_size": 3, "micro_batch": 2, **changes})
     history = train(policy, copy.deepcopy(base), method or DiffusionDPO(500.0), data or make_data(), settings,
-                    SCHEDULER, 0, accelerator, checkpoints=checkpoints)
+                    SCHEDULER, 0, accelerator, checkpoints=checkpoints, results=results,
+                    keep=lambda step, seconds: kept.update({step: (copy.deepcopy(policy.state_dict()), seconds)}))
     return policy.state_dict(), pd.DataFrame(history).drop(columns=RATES)
 
 
@@ -159,6 +160,46 @@ def test_no_checkpoint_is_written_of_weights_that_just_broke(base, accelerator, 
     with pytest.raises(BenchError, match="became nan"):
         go(base, accelerator, checkpoints)
     assert checkpoints.newest() == (None if every == 5 else tmp_path / "step4")
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "warmup_steps": 3, "first_step": 100}])
+def test_results_inside_a_training_are_what_shorter_ones_end_in_and_change_nothing(base, accelerator, changes):
+    """Of the moving average too: it is lent for the moment, and the training goes on with its own weights."""
+    kept: dict = {}
+    assert_same(go(base, accelerator, results=(2, 5), kept=kept, **changes), go(base, accelerator, **changes))
+    assert list(kept) == [2, 5] and 0 < kept[2][1] < kept[5][1]
+    for steps in (2, 5):
+        shorter, _ = go(base, accelerator, steps=steps, **changes)
+        assert all(torch.equal(kept[steps][0][name], shorter[name]) for name in shorter)
+
+
+def test_a_training_stopped_between_a_result_and_a_state_makes_both_again_to_the_bit(base, accelerator, tmp_path, dies):
+    """Results at 2 and 4, states at 3 and 6; stopped in step 4, before the first state, and in step 6, after it."""
+    first, second, third, whole = {}, {}, {}, {}
+    undisturbed = go(base, accelerator, results=(2, 4), kept=whole, ema=0.9)
+    checkpoints = Checkpoints(tmp_path, "key", 3)
+    for stop, kept, state in ((3, first, None), (6, second, "step3"), (None, third, "step6")):
+        dies(stop)
+        if stop:
+            with pytest.raises(Killed):
+                go(base, accelerator, checkpoints, results=(2, 4), kept=kept, ema=0.9)
+        else:
+            assert_same(go(base, accelerator, checkpoints, results=(2, 4), kept=kept, ema=0.9), undisturbed)
+        newest = checkpoints.newest()
+        assert (newest and newest.name) == state
+    assert (list(first), list(second), list(third)) == ([2], [2, 4], [4])
+    for kept in (first, second, third):
+        for step, (weights, _) in kept.items():
+            assert all(torch.equal(weights[name], whole[step][0][name]) for name in weights)
+    assert third[4][1] > checkpoints.seconds() / 2  # the time of the stopped ones is part of it
+
+
+@pytest.mark.parametrize("results", [(5,), ()])
+def test_weights_that_just_broke_are_no_result(base, accelerator, monkeypatch, results):
+    """At step 5 loss and gradient are finite still, and the log would have said so."""
+    break_weights(monkeypatch, torch.nan)
+    with pytest.raises(BenchError, match=r"diffusion_dpo: the weights are not finite after step 5 \(lr 0.001\)"):
+        go(base, accelerator, results=results, kept={}, steps=7 if results else 5)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from bench import evaluate, registry
 from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.evaluate import COLUMNS, Scorers
+from bench.runs import BASE, Result
 from metrics.base import Metric
 
 PROMPTS = PromptSet("file", ("a cat", "a dog", "a cat"))
@@ -46,7 +47,7 @@ def sampled() -> np.ndarray:
 
 def rows_of(images: np.ndarray, scorers: Scorers) -> pd.DataFrame:
     scores = scorers.score(images, [prompt for prompt in PROMPTS.prompts for _ in SEEDS])
-    identity = {"run": "r", "method": "spin", "iteration": 2, "prompt_set": "test", "guidance": 3.0}
+    identity = {"run": "r", "method": "spin", "iteration": 2, "step": 150, "prompt_set": "test", "guidance": 3.0}
     return evaluate.table_rows(scores, PROMPTS.ids, SEEDS, identity)
 
 
@@ -58,8 +59,8 @@ def test_the_long_table_has_a_row_for_every_image_and_score():
     assert set(table["metric"]) == {"brightness", "judge/utility"}
     # A repeated prompt has an id of its own.
     assert not table.duplicated(["prompt_id", "seed", "metric"]).any()
-    constant = table[["run", "method", "iteration", "prompt_set", "guidance"]].drop_duplicates()
-    assert constant.values.tolist() == [["r", "spin", 2, "test", 3.0]]
+    constant = table[["run", "method", "iteration", "step", "prompt_set", "guidance"]].drop_duplicates()
+    assert constant.values.tolist() == [["r", "spin", 2, 150, "test", 3.0]]
     chosen = table.query("metric == 'brightness' and prompt_id == @PROMPTS.ids[1] and seed == 5775709")
     assert chosen["value"].item() == pytest.approx(images[3].mean() + 5, rel=1e-6)
 
@@ -75,9 +76,10 @@ def test_no_scores_give_an_empty_table():
 
 
 def test_images_are_read_back_as_written(tmp_path):
-    folder = evaluate.image_folder(tmp_path, "test", 3.0, 2)
+    folder = evaluate.image_folder(tmp_path, "test", 3.0, Result("spin", 2, 200, 100))
     assert folder == tmp_path / "images" / "test" / "g3" / "iter2"
-    assert evaluate.image_folder(tmp_path, "test", 7.5, 0).parts[-2:] == ("g7.5", "iter0")
+    assert evaluate.image_folder(tmp_path, "test", 7.5, BASE).parts[-2:] == ("g7.5", "iter0")
+    assert evaluate.image_folder(tmp_path, "test", 1.0, Result("spin", 2, 150, 50, end=False)).name == "iter2@50"
     images = sampled()
     paths = evaluate.image_paths(folder, PROMPTS.ids, SEEDS)
     evaluate.write_images(paths, images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,15 @@ import yaml
 from bench import cli, experiment, registry, runs
 from bench.data import PreferenceData
 from bench.errors import UsageError
+from bench.evaluate import Scorers
 from bench.experiment import Experiment
 from bench.export import export_run
 from bench.shared import Shared
 from bench.suites import load_suite
+from reports.load import load_runs
 
 SPIN = "run --suite tiny.yaml --method spin --iters 2"
-ORDER = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
+ORDER = ["method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,6 +88,8 @@ def test_all_methods_leave_a_complete_record(here):
         assert (record["run"], record["method"], record["iterations"]) == (run.id, method, iterations)
         assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4, "truncated": 4}}  # of 8 tokens
         assert record["data"]["truncated"] == 12
+        assert [(result["iteration"], result["step"], result["end"]) for result in record["results"]] == [
+            (k + 1, 2 * (k + 1), True) for k in range(iterations)]
         assert record["metrics"]["darkness"]["scale"] == "0 to 255"
         table = pd.read_parquet(run.folder / "scores.parquet")
         models = table[["method", "iteration"]].drop_duplicates().itertuples(index=False, name=None)
@@ -320,9 +325,13 @@ def test_killed_in_every_stage_and_resumed_the_table_is_the_same(here, elsewhere
 
 
 def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch):
-    """Equal to the last bit, since each process's share of a training batch is one micro-batch."""
+    """Equal to the last bit, since each process's share of a training batch is one micro-batch.
+
+    A result inside their second iteration, which the one process did not make, changes nothing.
+    """
     done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_bench.__file__,
-                 *SPIN.split())
+                 *SPIN.split(), "--set", "methods.spin.iterations=[{steps: 2, lr: 1e-3, beta: 1000.0}, "
+                 "{steps: 2, lr: 1e-3, beta: 1000.0, checkpoints: [1]}]")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "report.html"
     assert "1 of 2 processes" in done.stderr
@@ -330,6 +339,8 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
     assert runs.finished(run.folder)
     assert not [*run.folder.rglob(".*.tmp"), *run.folder.rglob(".*.part"), *run.folder.rglob("pieces")]
     scores, history = pd.read_parquet(run.folder / "scores.parquet").drop(columns="run"), history_of(run.folder)
+    assert scores["step"].unique().tolist() == [0, 2, 3, 4]
+    scores = scores[scores["step"] != 3].reset_index(drop=True)
     losers = np.load(run.folder / "stages" / "opponent1" / "latents.npy")
     monkeypatch.chdir(here)
     alone = run_of("spin").folder
@@ -337,6 +348,87 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
     pd.testing.assert_frame_equal(history, history_of(alone), check_exact=True)
     pd.testing.assert_frame_equal(scores, pd.read_parquet(alone / "scores.parquet").drop(columns="run"),
                                   check_exact=True)
+
+
+INSIDE = ("--method sft --set methods.sft.iterations.0.steps=6 --set methods.sft.iterations.0.checkpoints=[2,4] "
+          "--set train.checkpoint_every=3 --set evaluation.guidance=[1.0]")
+
+
+def unets_of(run: runs.Run) -> dict[str, bytes]:
+    return {path.parts[-3]: path.read_bytes() for path in run.folder.glob("iter*/unet/*.safetensors")}
+
+
+def test_results_inside_a_training_killed_at_every_place_are_the_undisturbed_ones(elsewhere, capsys):
+    """kill -9 before each result, state, image and score of one; then the same in one piece, and without results."""
+    places = [r"/iter1@2$", r"/training1/step3$", r"/iter1@4$", r"/iter1$", r"/\.iter1@2\..*/000001\.json$",
+              r"/\.scores1@4-test-g1\..*/000000\.json$"]
+    line = f"run --suite tiny.yaml {INSIDE}"
+    done = start(tiny_bench.__file__, *line.split(), TINY_BENCH_KILLED_BEFORE=json.dumps(places))
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places), done.stderr
+    run = run_of("sft")
+    assert not runs.finished(run.folder)
+    assert bench(f"run --resume {run.id}") == 0
+    assert not [*run.folder.rglob(".*.tmp"), *run.folder.rglob(".*.part"), *run.folder.rglob("training1")]
+    shared = Shared(run.suite)
+    whole = runs.create("sft", run.suite, 0, 1)
+    Experiment(whole, shared).stages(lambda *scalar: None)
+    assert unets_of(run) == unets_of(whole) and set(unets_of(run)) == {"iter1", "iter1@2", "iter1@4"}
+    pd.testing.assert_frame_equal(scores_of(run.folder), scores_of(whole.folder), check_exact=True)
+    pd.testing.assert_frame_equal(history_of(run.folder), history_of(whole.folder), check_exact=True)
+
+    for steps, name in ((2, "iter1@2"), (4, "iter1@4"), (6, "iter1")):  # trainings of that many steps, without results
+        settings = [f"methods.sft.iterations=[{{steps: {steps}, lr: 1e-3}}]", "evaluation.guidance=[1.0]"]
+        plain = runs.create("sft", load_suite("tiny.yaml", settings), 0, 1)
+        Experiment(plain, shared).iterate(1, shared.base, lambda *scalar: None)
+        assert unets_of(plain) == {"iter1": unets_of(run)[name]}
+
+    shutil.rmtree(run.folder / "iter1@2")  # gone since: the training is done again, and ends the same
+    before = unets_of(whole)
+    assert bench(f"run --resume {run.id}") == 0
+    assert unets_of(run) == before
+    capsys.readouterr()
+    assert bench(f"table --format json --against sft@2 {run.id}") == 0
+    rows = pd.DataFrame(json.loads(capsys.readouterr().out))
+    assert set(rows["model"]) == {"base", "SFT@4", "SFT@6"} and set(rows["against"]) == {"SFT@2"}
+
+
+def test_results_inside_self_play_are_counted_evaluated_and_exported(elsewhere, here, monkeypatch):
+    """And the iterations are those of a run without, which the reference of the second shows too."""
+    monkeypatch.chdir(elsewhere)
+    assert bench(f"{SPIN} --set methods.spin.iterations.0.checkpoints=[1]") == 0
+    run = run_of("spin")
+    scores, record = scores_of(run.folder), json.loads((run.folder / "cost.json").read_text())
+    assert scores[["iteration", "step"]].drop_duplicates().values.tolist() == [[0, 0], [1, 1], [1, 2], [2, 3], [2, 4]]
+    assert [(entry["name"], entry["pairs"]) for entry in record["checkpoints"]] == [
+        ("iter1@1/train", 4), ("iter2@1/train", 4)]
+    train = {entry["name"]: entry for entry in record["stages"] if entry["name"].endswith("/train")}
+    assert set(train) == {"iter1/train", "iter2/train"} and record["pairs_seen"] == 16
+    for entry in record["checkpoints"]:
+        whole = train[entry["name"].replace("@1", "")]
+        assert entry["flops"] * 2 == whole["flops"] and 0 < entry["seconds"] < whole["seconds"]
+    assert list(load_runs([run.folder]).models) == ["base", "SPIN-1@1", "SPIN-1", "SPIN-2@1", "SPIN-2"]
+    export_run(run.id, 2, Path("model"), 1)
+    assert (Path("model") / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == unets_of(run)["iter2@1"]
+    card = Path("model/README.md").read_text()
+    assert "# SPIN-Diffusion, iteration 2, after 1 steps of it" in card and "| SPIN-2@1 |" in card
+    with pytest.raises(UsageError, match="has no result after 3 steps of iteration 2; it has 1, 2"):
+        export_run(run.id, 2, Path("other"), 3)
+    ends = scores[scores["step"] % 2 == 0].reset_index(drop=True)
+    monkeypatch.chdir(here)
+    pd.testing.assert_frame_equal(ends, scores_of(run_of("spin").folder), check_exact=True)
+
+
+def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, monkeypatch):
+    """Their files have no step."""
+    shared = Shared(load_suite("tiny.yaml"))
+    run = runs.create("sft", shared.suite, 0, 1)
+    Experiment(run, shared).stages(lambda *scalar: None)
+    before = pd.read_parquet(run.folder / "scores.parquet")
+    for path in [*run.folder.glob("stages/scores*/scores.parquet"), *runs.CACHE.glob("scores-*/scores.parquet")]:
+        pd.read_parquet(path).drop(columns="step").to_parquet(path)
+    monkeypatch.setattr(Scorers, "score", None)
+    Experiment(run, shared).stages(lambda *scalar: None)
+    pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), before)
 
 
 @pytest.mark.parametrize("setting", ["steps=3", "guidance=2.0", "roundtrip=true", "batch_size=2"])

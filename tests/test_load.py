@@ -149,6 +149,111 @@ def test_models_are_found_by_label_method_and_iteration(root: Path) -> None:
         runs.resolve("SFTT")
 
 
+STEPS = {"sft": [100, 267, 300, 800], "spin": [200, 300, 400]}  # since the base; spin's 300 is 100 inside iteration 2
+
+
+def write_with_checkpoints(root: Path, method: str, seed: int = 0) -> Path:
+    """A run whose results are those of STEPS: the scores of step s are s more than those of the end."""
+    folder = fake_runs.write_run(root, method, seed)
+    scores = pd.read_parquet(folder / "scores.parquet").query("iteration < 2")
+    results = [{"method": method, "iteration": 1, "step": s, "within": s, "end": s == 800} for s in STEPS["sft"]]
+    if method == "spin":
+        results = [{"method": method, "iteration": i, "step": s, "within": w, "end": w == 200}
+                   for i, s, w in ((1, 200, 200), (2, 300, 100), (2, 400, 200))]
+    frames = [scores.query("iteration == 0").assign(step=0)]
+    for result in results:
+        own = scores.query("iteration == 1").assign(iteration=result["iteration"], step=result["step"])
+        frames.append(own.assign(value=own["value"] + result["step"]))
+    pd.concat(frames).to_parquet(folder / "scores.parquet")
+    logged = [{"method": method, "iteration": 1 + (method == "spin" and step > 200), "step": step, "loss": 0.1}
+              for step in range(50, results[-1]["step"] + 1, 50)]
+    pd.DataFrame(logged).to_parquet(folder / "history.parquet")
+    protocol = json.loads((folder / "protocol.json").read_text()) | {"results": results}
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    return folder
+
+
+def test_results_inside_a_training_have_rows_of_their_own(root: Path) -> None:
+    write_with_checkpoints(root, "sft")
+    write_with_checkpoints(root, "spin")
+    fake_runs.write_run(root, "diffusion_dpo")  # written before there were any
+    runs = load_runs(None, root)
+    assert list(runs.models) == [
+        "base", "SFT@100", "SFT@267", "SFT@300", "SFT@800", "Diffusion-DPO", "SPIN-1", "SPIN-2@100", "SPIN-2"]
+    assert [result.name for result in runs.models.values()] == [
+        "iter0", "iter1@100", "iter1@267", "iter1@300", "iter1", "iter1", "iter1", "iter2@100", "iter2"]
+    assert runs.problems == []
+    means = runs.scores.query("metric == 'clip'").groupby("model", observed=True)["value"].mean()
+    assert means["SFT@267"] - means["SFT@100"] == pytest.approx(167, abs=1e-3)
+    assert not runs.scores.duplicated(["model", "train_seed", "prompt_set", "prompt_id", "seed", "guidance",
+                                       "metric"]).any()
+    found = {name: runs.resolve(name) for name in ("sft@100", "SFT", "sft:1@267", "spin:2@100", "spin:2", "spin@100",
+                                                   "spin-2@100", "sft@800", "diffusion_dpo@200")}
+    assert list(found.values()) == ["SFT@100", "SFT@800", "SFT@267", "SPIN-2@100", "SPIN-2", "SPIN-2@100",
+                                    "SPIN-2@100", "SFT@800", "Diffusion-DPO"]
+    with pytest.raises(UsageError, match=r"no model 'sft@99'.* there are base, SFT@100"):
+        runs.resolve("sft@99")
+
+
+def test_a_row_of_the_log_belongs_to_the_next_result_of_its_iteration(root: Path) -> None:
+    write_with_checkpoints(root, "sft")
+    write_with_checkpoints(root, "spin")
+    logged = load_runs(None, root).history
+    steps = {model: rows["step"].tolist() for model, rows in logged.groupby("model")}
+    assert steps == {"SFT@100": [50, 100], "SFT@267": [150, 200, 250], "SFT@300": [300],
+                     "SFT@800": list(range(350, 801, 50)), "SPIN-1": [50, 100, 150, 200], "SPIN-2@100": [250, 300],
+                     "SPIN-2": [350, 400]}
+
+
+def test_an_unfinished_training_is_not_called_by_its_method_alone(root: Path) -> None:
+    folder = write_with_checkpoints(root, "sft")
+    scores = pd.read_parquet(folder / "scores.parquet")
+    scores[scores["step"] <= 100].to_parquet(folder / "scores.parquet")
+    assert list(load_runs(None, root).models) == ["base", "SFT@100"]
+
+
+def test_checkpoints_alone_set_no_run_apart_and_the_end_is_the_same_model(root: Path) -> None:
+    """The training is the same with and without."""
+    write_with_checkpoints(root, "sft", 0)
+    plain = fake_runs.write_run(root, "sft", 1)
+    for name, checkpoints in ((f"20261123-100000-sft-s{seed}", [[100, 267, 300], []][seed]) for seed in (0, 1)):
+        protocol = json.loads((root / name / "protocol.json").read_text())
+        protocol["suite"]["methods"]["sft"] = {
+            "iterations": [{"steps": 800, "lr": 1e-5, "checkpoints": checkpoints}]}
+        (root / name / "protocol.json").write_text(json.dumps(protocol))
+    runs = load_runs(None, root)
+    assert runs.problems == []
+    seeds = {model: set(rows["train_seed"]) for model, rows in runs.scores.groupby("model", observed=True)}
+    assert (seeds["SFT@300"], seeds["SFT@800"]) == ({0}, {0, 1})
+    assert plain.name in set(runs.scores["run"])
+
+
+def test_a_checkpoint_costs_what_its_training_had_by_then(root: Path) -> None:
+    for method in ("sft", "spin"):
+        folder = write_with_checkpoints(root, method)
+        cost = json.loads((folder / "cost.json").read_text())
+        cost["checkpoints"] = [
+            {"name": f"iter{1 + (method == 'spin')}@{step}/train", "seconds": step / 10, "pairs": 32 * step,
+             "flops": 1e10 * step} for step in (100, 267, 300)]
+        (folder / "cost.json").write_text(json.dumps(cost))
+    price = costs(load_runs(None, root)).set_index("model")
+    kinds = ["pairs", "train_flops", "sample_flops", "seconds"]
+    assert price.loc["SFT@267", kinds].tolist() == [8544, 2.67e12, 0, 26.7]
+    assert price.loc["SFT@800", ["pairs", "seconds"]].tolist() == [6400, 100]
+    # one whole iteration with its opponent, the second's opponent, and 100 steps
+    assert price.loc["SPIN-2@100", kinds].tolist() == [6400 + 3200, 2e13 + 1e12, 8e13, 60 + 100 + 60 + 10]
+    assert price.loc["SPIN-2", ["pairs", "seconds"]].tolist() == [12800, 320]
+
+
+def test_results_that_are_none_leave_the_run_out(root: Path) -> None:
+    fake_runs.write_run(root, "spin")
+    folder = fake_runs.write_run(root, "sft")
+    protocol = json.loads((folder / "protocol.json").read_text()) | {"results": [{"iteration": 1}]}
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+    (problem,) = load_runs(None, root).problems
+    assert problem.startswith(f"{folder.name}: left out, protocol.json: results are not as bench writes them")
+
+
 def test_prompt_texts_and_costs(root: Path) -> None:
     fake_runs.write_all(root, seeds=(0, 1))
     runs = load_runs(None, root)

@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import fake_runs
+import pandas as pd
 import pytest
 
 from bench.errors import BenchError
+from bench.runs import BASE, Result
 from reports import page, plots
 from reports.load import load_runs
 
@@ -139,15 +141,28 @@ def test_plots_take_the_pages_colour(text: str) -> None:
 
 def test_colours_are_distinct_and_stable() -> None:
     models = {
-        "base": ("base", 0),
-        "SFT": ("sft", 1),
-        "Mine": ("mine", 1),
-        "SPIN-1": ("spin", 1),
-        "SPIN-2": ("spin", 2),
+        "base": BASE,
+        "SFT": Result("sft", 1, 9, 9),
+        "Mine": Result("mine", 1, 9, 9),
+        "SPIN-1": Result("spin", 1, 9, 9),
+        "SPIN-2@5": Result("spin", 2, 14, 5, end=False),
+        "SPIN-2": Result("spin", 2, 18, 9),
     }
     found = plots.colours(models)
-    assert len(set(found.values())) == 5
+    assert len(set(found.values())) == 6
     assert found["SPIN-2"] == plots.HUES["spin"]
+
+
+def test_the_curve_per_iteration_has_their_ends_alone() -> None:
+    models = {"base": BASE, "SFT@5": Result("sft", 1, 5, 5, end=False), "SFT@9": Result("sft", 1, 9, 9),
+              "SPIN-1": Result("spin", 1, 9, 9), "SPIN-2@5": Result("spin", 2, 14, 5, end=False),
+              "SPIN-2": Result("spin", 2, 18, 9)}
+    rows = pd.DataFrame([(model, value, value - 1, value + 1) for value, model in enumerate(models)],
+                        columns=["model", "value", "low", "high"])
+    drawn = read(plots.iterations(rows, models, plots.colours(models), "utility"))
+    assert {"base", "1", "2"} <= {text.strip() for text in drawn.texts}
+    spoken = plots.iterations(rows, models, plots.colours(models), "utility").partition("aria-label=")[2][:300]
+    assert all(name in spoken for name in ("base", "SFT@9", "SPIN-1", "SPIN-2 ")) and "@5" not in spoken
 
 
 @pytest.mark.parametrize("metrics", [["pickscore"], ["judge/utility"]])

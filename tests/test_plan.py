@@ -162,6 +162,11 @@ def test_the_command_prints_hours_that_follow_from_the_operations(tiny_pipeline_
     assert total["gpu_hours"] == pytest.approx(total["flops"] / (0.5 * 19.5e12 * 3600))
     assert total["wall_hours"] == pytest.approx(total["gpu_hours"] / 4)
     assert total["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in stages)
+    more = ["--set", "methods.spin.iterations.0.checkpoints=[1]"]
+    inside = json.loads(run([*line, *more, "--format", "json"], capsys))["stages"]
+    assert [stage["count"] for stage in inside] == [12, 8, 8, 7, 8, 80, 80]  # images of 1 + 2 x 2 models
+    assert [stage["flops"] for stage in inside][:5] == [stage["flops"] for stage in stages][:5]
+    assert inside[2]["disk_bytes"] == 2 * stages[2]["disk_bytes"]
     text = run(line, capsys)
     assert "4 x NVIDIA A100 80 GB at 50% of 312 TFLOP/s (bf16), 19.5 TFLOP/s (fp32)" in text
     assert "does not fit" not in text

@@ -36,7 +36,8 @@ def test_every_field_of_the_default_is_in_the_file_so_that_it_can_be_explained_t
     written = flat(yaml.safe_load(available()["mini"].read_text()))
     resolved = flat(load_suite("mini").model_dump())
     per_method = {"methods.sft.iterations.0.beta"} | {
-        f"methods.{name}.{key}" for name in load_suite("mini").methods for key in ("method", "train", "opponent")}
+        f"methods.{name}.{key}" for name in load_suite("mini").methods for key in ("method", "train", "opponent")} | {
+        key for key in resolved if key.endswith(".checkpoints")}
     assert set(resolved) - set(written) == per_method
 
 
@@ -139,6 +140,29 @@ def test_more_iterations_than_listed_repeat_the_last():
     assert [settings.steps for settings in suite.schedule("spin", 4)] == [1, 2, 2, 2]
     assert [settings.steps for settings in suite.schedule("spin", 1)] == [1]
     assert len(suite.schedule("spin")) == 2
+
+
+def test_a_checkpoint_lies_inside_its_iteration_and_they_ascend():
+    suite = load_suite("mini", ["methods.sft.iterations.0.checkpoints=[1, 299]"])
+    assert suite.schedule("sft")[0].checkpoints == [1, 299]
+    for wrong in ("[0, 100]", "[100, 300]", "[200, 100]", "[100, 100]", "[-1]"):
+        text = complaint(f"methods.sft.iterations.0.checkpoints={wrong}")
+        assert text.startswith("setting 'methods.sft.iterations.0.checkpoints': expected ascending steps of the "
+                               f"iteration, from 1 and below its 300, got {wrong}")
+    assert "below its 100, got [1, 299]" in complaint("methods.sft.iterations.0={steps: 100, lr: 1e-3, "
+                                                      "checkpoints: [1, 299]}")
+
+
+def test_the_measured_suite_reads_one_training_off_where_pairs_and_flops_are_equal():
+    """An SFT image costs 3 passes and a pair 8: at equal FLOPs 8/3 of the steps."""
+    suite = load_suite("mini-measured")
+    (sft,), (dpo,) = suite.schedule("sft"), suite.schedule("diffusion_dpo")
+    assert ([*sft.checkpoints, sft.steps], [*dpo.checkpoints, dpo.steps]) == ([100, 267, 300, 800], [100, 200, 300])
+    assert [round(100 * 8 / 3), round(300 * 8 / 3)] == [267, 800]
+    assert [s.steps for s in suite.schedule("spin")] == [100, 100, 100]
+    for measured, tuned in ((sft, "sft"), (dpo, "diffusion_dpo")):
+        (best,) = load_suite("mini").schedule(tuned)
+        assert (measured.lr, measured.beta) == (best.lr, best.beta)
 
 
 def test_a_method_the_suite_does_not_list_is_named():

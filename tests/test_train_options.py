@@ -332,3 +332,21 @@ class TestLora:
             before = result
         history = pd.read_parquet(run.folder / "history.parquet")
         assert history["loss"][[0, 2]].tolist() == [torch.tensor(2.0).log().item()] * 2
+
+    def test_a_result_inside_is_merged_too_and_the_adapter_is_trained_on(self, tiny_pipeline_folder, tmp_path,
+                                                                          monkeypatch):
+        """The same as that of a training that ends there, and the same end as without."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
+        tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
+        found = {}
+        for name, settings in (("inside", "{steps: 2, lr: 1e-2, checkpoints: [1]}"), ("long", "{steps: 2, lr: 1e-2}"),
+                               ("short", "{steps: 1, lr: 1e-2}")):
+            shared = Shared(load_suite("tiny.yaml", ["train.lora_rank=2", f"methods.sft.iterations=[{settings}]"]))
+            run = runs.create("sft", shared.suite, 0, 1)
+            Experiment(run, shared).iterate(1, shared.base, lambda *scalar: None)
+            found |= {(name, path.name): path for path in run.folder.glob("iter*")}
+        for one, other in ((("inside", "iter1@1"), ("short", "iter1")), (("inside", "iter1"), ("long", "iter1"))):
+            for part in ("unet", "lora"):
+                (kept,), (ended,) = ((found[key] / part).glob("*.safetensors") for key in (one, other))
+                assert kept.read_bytes() == ended.read_bytes()

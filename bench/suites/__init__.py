@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from bench import registry
 from bench.errors import UsageError, did_you_mean
@@ -104,6 +113,16 @@ class Iteration(Section):
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
     beta: float | None = Field(None, gt=0)
+    checkpoints: list[int] = []
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _ascending(cls, checkpoints: list[int], info: ValidationInfo) -> list[int]:
+        """The end of an iteration is always a result, so it is not one of them."""
+        steps = info.data.get("steps")
+        if steps and not all(before < after for before, after in pairwise([0, *checkpoints, steps])):
+            raise ValueError(f"ascending steps of the iteration, from 1 and below its {steps}")
+        return checkpoints
 
 
 class Schedule(Section):
