@@ -325,7 +325,9 @@ def export(name: str, iteration: int | None, step: int | None, output: Path) -> 
 @click.option("--prompts", required=True,
               help="A txt, csv, jsonl or parquet file, or a set of `bench list prompts`.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
-@click.option("--guidance", type=float, default=3.0, show_default=True)
+@click.option("--guidance", type=click.FloatRange(min=0), default=3.0, show_default=True,
+              help="1 samples the model itself; below 1 leans towards the empty prompt, where diffusers' pipelines "
+              "switch guidance off.")
 @click.option("--steps", type=click.IntRange(min=1, max=1000), default=20, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=[5775709], show_default=True,
               help="May be repeated: one image a prompt for each.")

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 from diffusers import UNet2DConditionModel
@@ -93,10 +94,11 @@ class Experiment:
         self.history: list[pd.DataFrame] = []
         self.done: list[Path] = []
         self.inside: list[Path] = []  # checkpoints of iterations; what they cost is part of what those did
+        self.warnings = guidance_warnings(run)
 
     def stages(self, log_scalar: tracking.LogScalar) -> None:
         if self.processes.main:
-            write_protocol(self.run, self.shared)
+            write_protocol(self.run, self.shared, self.warnings)
         self.evaluate(Model(BASE, self.shared.base))
         previous = self.shared.base
         for iteration in range(1, self.run.iterations + 1):
@@ -298,9 +300,21 @@ class Experiment:
                     scored = self.shared.score(model, name, guidance, images, stage)
                     self.done += [images, stage]
                 self.scores.append(scored.rows.assign(run=self.run.id))
+                if scored.blank:
+                    seed = "" if model.result == BASE else f", seed {self.run.seed}"
+                    total = len(prompts) * len(self.suite.evaluation.seeds)
+                    self.warn(evaluate.blank_warning(f"{model.result.title}{seed}, {name}, guidance {guidance:g}",
+                                                     scored.blank, total))
         if self.processes.main:
             write_table(self.run.folder / "scores.parquet", pd.concat(self.scores, ignore_index=True))
             write_cost(self.run, self.done, self.shared, self.inside)
+
+    def warn(self, text: str) -> None:
+        """Say it in the terminal and in the protocol, from which tables and the page take it."""
+        self.warnings.append(text)
+        if self.processes.main:
+            click.echo(f"warning: {text}", err=True)
+            write_protocol(self.run, self.shared, self.warnings)
 
 
 def save_result(policy: UNet2DConditionModel, folder: Path) -> None:
@@ -310,6 +324,15 @@ def save_result(policy: UNet2DConditionModel, folder: Path) -> None:
         policy = copy.deepcopy(policy)
         adapters.merge(policy)
     models.save_unet(policy, folder / "unet")
+
+
+def guidance_warnings(run: Run) -> list[str]:
+    """What a reader who knows guidance from diffusers must be told of scales below 1."""
+    used = {"evaluation.guidance": run.suite.evaluation.guidance}
+    if run.suite.method(run.method).pairing is Pairing.SELF_PLAY:
+        used["opponent.guidance"] = [run.suite.opponents(run.method).guidance]
+    return [f"{key} {scale:g} is below 1: the prediction leans towards the empty prompt, where diffusers' pipelines "
+            "switch guidance off" for key, scales in used.items() for scale in scales if scale < 1]
 
 
 class Drawn:

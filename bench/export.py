@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import click
+import numpy as np
 import yaml
 
 from bench import evaluate, models, runs
@@ -59,6 +61,11 @@ def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: flo
                         batch_size=batch_size, name=model)
         paths = evaluate.image_paths(folder, prompts.ids, seeds)
         evaluate.write_images(paths, pixels)
+        shown = evaluate.blank(pixels)
+        if shown.any():
+            texts = [prompt for prompt in prompts.prompts for _ in seeds]
+            click.echo("warning: " + evaluate.blank_warning(model, [texts[row] for row in np.flatnonzero(shown)],
+                                                            len(texts)), err=True)
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["file_name", "prompt"])

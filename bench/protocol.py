@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from bench.versions import versions
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
 
 
-def write_protocol(run: Run, shared: Shared) -> None:
-    """Write protocol.json; a resumed run keeps its creation time and must find the same weights."""
+def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> None:
+    """Write protocol.json; a resumed run keeps its creation time and must find the same weights.
+
+    `warnings` are one line each, for whoever reads the run's numbers.
+    """
     path = run.folder / "protocol.json"
     model = {**run.suite.model.model_dump(), "fingerprint": shared.base.key,
              "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
@@ -55,6 +58,7 @@ def write_protocol(run: Run, shared: Shared) -> None:
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "git_commit": git_commit(),
         "created": created,
+        "warnings": list(warnings),
     }
     atomic_write(path, json.dumps(record, indent=1))
 

@@ -6,6 +6,7 @@ Whatever is expensive lives in the cache under a name that says what made it, so
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from bench.suites import Suite
 from methods.base import Pairing
 
 T = TypeVar("T")
+BLANK = "blank.json"  # of scores: the prompts whose images show nothing
 
 
 class Weights(NamedTuple):
@@ -53,10 +55,12 @@ class Model(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The scores of a model on one prompt set (rows of evaluate.COLUMNS), and the folder of its images."""
+    """The scores of a model on one prompt set (rows of evaluate.COLUMNS), the folder of its images, and the prompts of
+    those that show nothing (evaluate.blank)."""
 
     rows: pd.DataFrame
     images: Path
+    blank: list[str]
 
 
 class Shared:
@@ -259,6 +263,8 @@ class Shared:
             paths = evaluate.image_paths(drawn.directory, prompts.ids, seeds)[block]
             images, asked = evaluate.read_images(paths), [prompt for _, prompt in rows[block]]
             values = self.scorers.score(images, asked)
+            blank = [asked[row] for row in np.flatnonzero(evaluate.blank(images))]
+            atomic_write(pieces.path(folder, number, f".{BLANK}"), json.dumps(blank))
             write_table(pieces.path(folder, number, ".parquet"), pd.DataFrame(values))
 
         def join(folder: Path) -> None:
@@ -267,12 +273,16 @@ class Shared:
             identity = {"run": "", "method": model.result.method, "iteration": model.result.iteration,
                         "step": model.result.step, "prompt_set": prompt_set, "guidance": float(guidance)}
             write_table(folder / "scores.parquet", evaluate.table_rows(values, prompts.ids, seeds, identity))
+            blank = [json.loads(pieces.path(folder, number, f".{BLANK}").read_text()) for number in range(len(blocks))]
+            atomic_write(folder / BLANK, json.dumps(sum(blank, [])))
 
         pieces.divided(stage, self.processes, name, blocks, lambda: score, join, description, images=len(rows),
                        flops=flops)
-        # scores of before there were checkpoints have no step
+        # scores of before there were checkpoints have no step, and nobody looked for images that show nothing
         table = pd.read_parquet(stage.directory / "scores.parquet").assign(step=model.result.step)
-        return Scored(table[list(evaluate.COLUMNS)], drawn.directory)
+        found = stage.directory / BLANK
+        return Scored(table[list(evaluate.COLUMNS)], drawn.directory,
+                      json.loads(found.read_text()) if found.exists() else [])
 
     def judge_info(self) -> dict[str, Any] | None:
         return self.scorers.judge.info() if self.scorers.judge else None

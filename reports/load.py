@@ -186,6 +186,7 @@ def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
     wanted, done = protocol.get("iterations"), int(scores["iteration"].max())
     if wanted and done < wanted:
         problems.append(f"{folder.name}: {done} of {wanted} iterations so far (unfinished?)")
+    problems += [str(warning) for warning in protocol.get("warnings", []) if warning not in problems]
     scores["run"] = folder.name
     seed = pd.Series(int(protocol["seed"]), index=scores.index, dtype="Int64")
     scores["train_seed"] = seed.mask(scores["method"].eq(BASE))

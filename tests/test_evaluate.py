@@ -90,6 +90,21 @@ def test_images_are_read_back_as_written(tmp_path):
         evaluate.read_images(paths)
 
 
+def test_images_of_one_colour_or_nearly_all_at_the_ends_show_nothing():
+    """Of 8 x 8 x 3 = 192 values 1 may lie between 0 and 255: 191 / 192 > 0.99 > 190 / 192."""
+    images = sampled()
+    images[0] = 0
+    images[1] = (10, 200, 30)
+    images[2] = np.where(images[2] > 127, 255, 0)
+    images[3] = np.where(images[3] > 127, 255, 0)
+    images[2, 0, 0, 0] = images[3, 0, 0, 0] = images[3, 5, 5, 2] = 7
+    images[4, :, :, :] = images[4, :1, :, :]  # stripes show something
+    assert evaluate.blank(images).tolist() == [True, True, True, False, False, False]
+    assert evaluate.blank_warning("sft 1, test", ["a cat", "b"], 6) == (
+        "sft 1, test: 2 of 6 images show nothing (one colour, or over 99% of their values at 0 or 255), the first for "
+        "'a cat'")
+
+
 def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
     monkeypatch.setattr(registry, "metric", lambda name: Brightness)
     scorers = Scorers.load(["brightness"], options={"brightness": {"scale": 2.0}})

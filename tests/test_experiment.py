@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -87,7 +88,7 @@ def test_all_methods_leave_a_complete_record(here):
         assert json.loads((run.folder / "run.json").read_text())["status"] == "COMPLETED"
         assert (record["run"], record["method"], record["iterations"]) == (run.id, method, iterations)
         assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4, "truncated": 4}}  # of 8 tokens
-        assert record["data"]["truncated"] == 12
+        assert record["data"]["truncated"] == 12 and record["warnings"] == []
         assert [(result["iteration"], result["step"], result["end"]) for result in record["results"]] == [
             (k + 1, 2 * (k + 1), True) for k in range(iterations)]
         assert record["metrics"]["darkness"]["scale"] == "0 to 255"
@@ -418,6 +419,28 @@ def test_results_inside_self_play_are_counted_evaluated_and_exported(elsewhere, 
     pd.testing.assert_frame_equal(ends, scores_of(run_of("spin").folder), check_exact=True)
 
 
+def test_images_that_show_nothing_are_counted_in_terminal_protocol_and_tables(elsewhere, tiny_pipeline, capsys):
+    pipe = copy.deepcopy(tiny_pipeline)
+    pipe.vae.decoder.conv_out.bias.data.fill_(1e4)  # finite, and white all over
+    pipe.save_pretrained("white")
+    assert bench("run --suite tiny.yaml --method sft --set model.weights=white --set evaluation.guidance=[0.5]") == 0
+    told = capsys.readouterr()
+    counted = "8 of 8 images show nothing (one colour, or over 99% of their values at 0 or 255), the first for"
+    below = "evaluation.guidance 0.5 is below 1: the prediction leans towards the empty prompt, where diffusers'"
+    assert f"warning: base, test, guidance 0.5: {counted}" in told.err
+    assert f"warning: sft 1, seed 0, test, guidance 0.5: {counted}" in told.err
+    assert "prompts longer than the text encoder's 8 tokens lose their end: 12 of training pairs, 4 of test" in told.err
+    run = run_of("sft")
+    record = json.loads((run.folder / "protocol.json").read_text())
+    assert [warning.partition(":")[0] for warning in record["warnings"]] == [
+        "evaluation.guidance 0.5 is below 1", "base, test, guidance 0.5", "sft 1, seed 0, test, guidance 0.5"]
+    assert record["warnings"][0].startswith(below)
+    assert f"note: sft 1, seed 0, test, guidance 0.5: {counted}" in told.out
+    assert counted in Path("report.html").read_text()
+    assert bench(f"run --resume {run.id}") == 0
+    assert json.loads((run.folder / "protocol.json").read_text())["warnings"] == record["warnings"]
+
+
 def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, monkeypatch):
     """Their files have no step."""
     shared = Shared(load_suite("tiny.yaml"))
@@ -426,6 +449,7 @@ def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, m
     before = pd.read_parquet(run.folder / "scores.parquet")
     for path in [*run.folder.glob("stages/scores*/scores.parquet"), *runs.CACHE.glob("scores-*/scores.parquet")]:
         pd.read_parquet(path).drop(columns="step").to_parquet(path)
+        (path.parent / "blank.json").unlink()
     monkeypatch.setattr(Scorers, "score", None)
     Experiment(run, shared).stages(lambda *scalar: None)
     pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), before)

@@ -245,6 +245,14 @@ def test_a_checkpoint_costs_what_its_training_had_by_then(root: Path) -> None:
     assert price.loc["SPIN-2", ["pairs", "seconds"]].tolist() == [12800, 320]
 
 
+def test_warnings_of_a_protocol_are_problems_said_once(root: Path) -> None:
+    for method in ("sft", "spin"):
+        folder = fake_runs.write_run(root, method)
+        protocol = json.loads((folder / "protocol.json").read_text()) | {"warnings": ["base, test: 1 of 24 images"]}
+        (folder / "protocol.json").write_text(json.dumps(protocol))
+    assert load_runs(None, root).problems == ["base, test: 1 of 24 images"]
+
+
 def test_results_that_are_none_leave_the_run_out(root: Path) -> None:
     fake_runs.write_run(root, "spin")
     folder = fake_runs.write_run(root, "sft")
