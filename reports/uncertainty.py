@@ -11,7 +11,7 @@ of variance as
 value T standard errors from the null has p = w p[S-1](T) + (1 - w) p[P-1](T), with the two-sided tails p of Student's
 t, and an interval holds what has p >= .05. The usual Satterthwaite degrees of freedom are too sure, w being itself
 estimated from few seeds: a little at p = .05, and many times over far out, where Holm's correction looks. The mixture
-is sure of what it may be from three seeds on.
+is sure of what it may be from three seeds on; two say so little of w that it is taken as 1.
 
 One seed gives B = 0 and the plain paired t interval over prompts: it speaks of these weights, and of no method.
 Medians and win rates: see `estimates`.
@@ -20,7 +20,7 @@ Assumed: seeds and prompts are draws from what one speaks of, and their means ab
 simulates it (results/measured/calibration.csv) with 50 and 500 prompts, seeds that differ by 0 to 7 standard errors
 over prompts, normal and exponential noise. From three seeds on, 95 % intervals cover .94 to .97, say "better" of
 nothing in .01 to .03, and tell equal methods apart on .02 to .05 of pages; what is called detectable is found with
-power .78 to .89. With two seeds they cover .92 to .97, and .02 to .14 of pages tell apart what is equal. One seed
+power .78 to .89. With two seeds they cover .97 to 1.00, and .00 to .00 of pages tell apart what is equal. One seed
 covers .94 to .97 of its own weights; read as one of the method .21 to .95. Beyond what is simulated: seeds so far
 apart that the win rates of few of them are all 0 or 1 look as if they did not differ.
 """
@@ -114,6 +114,8 @@ class _Error:
         between_seeds = of_seeds.var(axis=1, ddof=1) / seeds
         variance = between_seeds + np.maximum(between_prompts - residual, 0)
         share = np.divide(between_seeds, variance, out=np.zeros(n), where=variance > 0)
+        if seeds == 2:  # of one degree of freedom the share says nothing: the cautious one is taken
+            share = np.ones(n)
         return cls(variance, share, seeds, prompts)
 
     @property

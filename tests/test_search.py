@@ -64,7 +64,7 @@ def undisturbed(tiny_pipeline_folder, tmp_path_factory) -> Path:
 
     def scored(self: shared.Shared, model: shared.Model, *rest: object) -> object:
         with pytest.MonkeyPatch.context() as patch:
-            if model.iteration == 0:
+            if model.result.iteration == 0:
                 patch.setattr(shared, "Sampler", counted("bases"))
             return score(self, model, *rest)
 
@@ -277,8 +277,8 @@ def test_the_best_mean_over_seeds_is_chosen_with_its_gap():
     made = chosen(values)
     assert made.best == SETTINGS[1] and made.runner_up == SETTINGS[2] and not made.edges
     assert made.utility == pytest.approx(values[2e-4].mean()) and made.gain == pytest.approx(made.utility - 0.5)
-    low, high, value = estimates((values[2e-4] - values[4e-4])[None])
-    assert made.gap == (low[0], high[0], value[0], "prompts and seeds") and low[0] > 0
+    found = estimates((values[2e-4] - values[4e-4])[None])
+    assert made.gap == (found.low[0], found.high[0], found.value[0], "prompts and seeds") and found.low[0] > 0
     line = choice.verdict("sft 1", made, "judge/utility", "3 settings with 2 seeds")
     assert line.startswith("sft 1: chosen steps=5 lr=0.0002: judge/utility 0.6") and "not told apart" not in line
 
