@@ -194,6 +194,20 @@ def test_a_training_stopped_between_a_result_and_a_state_makes_both_again_to_the
     assert third[4][1] > checkpoints.seconds() / 2  # the time of the stopped ones is part of it
 
 
+def test_a_result_comes_before_the_state_of_its_step_so_that_no_resumed_training_passes_it_by(base, accelerator,
+                                                                                              tmp_path):
+    class Full(dict):
+        def update(self, _):
+            raise Killed
+
+    checkpoints, kept = Checkpoints(tmp_path, "key", 3), {}
+    with pytest.raises(Killed):
+        go(base, accelerator, checkpoints, results=(3,), kept=Full())
+    assert checkpoints.reached() == 0
+    go(base, accelerator, checkpoints, results=(3,), kept=kept)
+    assert list(kept) == [3] and checkpoints.reached() == 6
+
+
 @pytest.mark.parametrize("results", [(5,), ()])
 def test_weights_that_just_broke_are_no_result(base, accelerator, monkeypatch, results):
     """At step 5 loss and gradient are finite still, and the log would have said so."""
