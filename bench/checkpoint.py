@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bench.errors import BenchError
+from bench.integrity import expecting
 from bench.stages import MARKER, Stage, atomic_write
 
 STATE = "state.pt"
@@ -34,6 +35,11 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether one is to be written after `step` steps of this training."""
         return self.every is not None and step % self.every == 0
+
+    def check(self) -> None:
+        """Set aside those that are damaged; the training then starts from an earlier state."""
+        for step in self._steps():
+            self._stage(step).ready()
 
     def newest(self) -> Path | None:
         """The last checkpoint of this training, or None."""
@@ -61,7 +67,10 @@ class Checkpoints:
     def seconds(self) -> float:
         """What the training took up to the newest checkpoint."""
         newest = self.newest()
-        return json.loads((newest / COST).read_text())["seconds"] if newest else 0.0
+        if newest is None:
+            return 0.0
+        with expecting(newest / COST):
+            return json.loads((newest / COST).read_text())["seconds"]
 
     def remove(self) -> None:
         """Drop all of them: the training is done."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench import __version__, cost_commands, processes, search_commands
+from bench import __version__, cost_commands, processes, search_commands, store_commands
 from bench.errors import BenchError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,11 +56,12 @@ def cli() -> None:
               help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.")
 @click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started; "
               "with --set metrics=[...] other scorers read the images that are there.")
+@click.option("--wait", is_flag=True, help="When another process works on the run, wait for it instead of leaving.")
 @click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
 @click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
 @as_json
 def run(method: str | None, iters: int | None, suite: str | None, seed: int | None, settings: tuple[str, ...],
-        resume: str | None, mongo: str | None, sql: str | None, layout: str) -> None:
+        resume: str | None, wait: bool, mongo: str | None, sql: str | None, layout: str) -> None:
     """Train, sample, score, and print the comparison so far.
 
     Whatever was cut short goes on with --resume. The last line printed is the path of the page.
@@ -81,7 +82,10 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
         runs.refuse_changes(resumed, {name: value for name, value in asked.items() if value is not None}
                             | {"suite": wanted.model_dump()})
         resumed = runs.rescored(resumed, wanted)
-        finished = _execute(resumed.suite, [resumed], mongo, sql)
+        if processes.index() == 0:
+            with runs.held(resumed, wait):  # said before models are loaded and data encoded
+                pass
+        finished = _execute(resumed.suite, [resumed], mongo, sql, wait)
     else:
         chosen = load_suite(suite or "mini", settings)
         if method is None:
@@ -109,7 +113,7 @@ def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
 
 
 def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | None,
-             sql: str | None) -> list[Run]:
+             sql: str | None, wait: bool = False) -> list[Run]:
     """Run one after another; a run's folder is made when its turn comes."""
     from bench import runs
     from bench.experiment import Interrupted, execute
@@ -124,7 +128,7 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
             click.echo(f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
                        f"{suite.name}, seed {current.seed}", err=True)
         try:
-            execute(current, shared, mongo, sql)
+            execute(current, shared, mongo, sql, wait)
         except Interrupted as error:
             left = [later["method"] for later in plans[position + 1:]]
             raise Interrupted(f"{error}" + (f"; not started: {', '.join(left)}" if left else "")) from None
@@ -348,6 +352,7 @@ def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: 
     click.echo(str(output))
 
 
+cli.add_command(store_commands.verify)
 cli.add_command(cost_commands.plan)
 cli.add_command(cost_commands.perf)
 cli.add_command(cost_commands.doctor)

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 from diffusers import UNet2DConditionModel
 
-from bench import adapters, cost, evaluate, models, pieces, processes, registry, runs, tracking
+from bench import adapters, cost, evaluate, models, pieces, processes, registry, runs, tracking, verify
 from bench.batches import sample_order
 from bench.checkpoint import Checkpoints
 from bench.errors import BenchError, UsageError
+from bench.integrity import read_array
 from bench.meter import write_spent
 from bench.protocol import write_cost, write_protocol
 from bench.runs import BASE, Result, Run
@@ -39,16 +40,20 @@ class Interrupted(BenchError):
     exit_code = 130
 
 
-def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None = None) -> None:
-    """Run all stages of a run that are not done yet, recorded by sacred."""
+def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None = None, wait: bool = False) -> None:
+    """Run all stages of a run that are not done yet, recorded by sacred.
+
+    One launch at a time works on a run; while another does, `wait` for it or leave with BenchError.
+    """
     stages = Experiment(run, shared).stages
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems and launchers send
     try:
         if shared.processes.main:
-            runs.sweep(run.folder)
-            runs.sweep(runs.CACHE)
-            runs.store(run)  # a finished run may have been given other scorers
-            tracking.record(run.folder, run.config(), stages, mongo, sql)
+            with runs.held(run, wait), verify.sealed(run.folder):
+                runs.sweep(run.folder)
+                runs.sweep(runs.CACHE)
+                runs.store(run)  # a finished run may have been given other scorers
+                tracking.record(run.folder, run.config(), stages, mongo, sql)
         else:
             stages(lambda name, value, step: None)
     except KeyboardInterrupt:
@@ -138,11 +143,12 @@ class Experiment:
                                   self.suite.training(self.run.method).checkpoint_every)
         inside = {result.within: self.checkpoint(result, stage.hash) for result in self.results(iteration)
                   if not result.end}
-        missing = self.processes.once(lambda: [step for step, part in inside.items() if not part.done])
-        if self.processes.once(lambda: bool(missing) or not stage.done):
+        missing = self.processes.once(lambda: [step for step, part in inside.items() if not part.ready()])
+        if self.processes.once(lambda: bool(missing) or not stage.ready()):
             if self.processes.main and missing and missing[0] <= checkpoints.reached():
                 checkpoints.remove()  # the training has passed a result that somebody has removed since
             self.processes.wait()
+            self.processes.once(checkpoints.check)
             self.train(iteration, stage, previous, reference, opponent, checkpoints,
                        {step: inside[step] for step in missing})
         if self.processes.main:
@@ -183,11 +189,8 @@ class Experiment:
 
         def join(folder: Path) -> None:
             shape = (len(pairs), *latent_shape(self.shared.pipe.unet))
-            latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float32, shape)
-            for number, batch in enumerate(batches):
-                latents[batch] = np.load(pieces.path(folder, number, ".npy"))
-            latents.flush()
-            np.save(folder / "pairs.npy", pairs)
+            pieces.join_arrays(folder, "latents.npy", shape, batches)
+            pieces.write_array(folder / "pairs.npy", pairs)
 
         recode = sum(self.shared.vae_flops) if settings.roundtrip else 0
         flops = cost.sampling_flops(self.shared.forward_flops(), recode, len(pairs), steps=settings.steps,
@@ -342,7 +345,8 @@ class Drawn:
     """
 
     def __init__(self, folder: Path, size: int):
-        self.latents, pairs = np.load(folder / "latents.npy", mmap_mode="r"), np.load(folder / "pairs.npy")
+        self.latents = read_array(folder / "latents.npy", mmap_mode="r")
+        pairs = read_array(folder / "pairs.npy")
         self.shape = (size, *self.latents.shape[1:])
         self.row = np.full(size, len(pairs))  # for a pair without latents a row that is not there
         self.row[pairs] = np.arange(len(pairs))

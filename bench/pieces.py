@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 
+from bench.integrity import read_array
 from bench.meter import metered, write_spent
 from bench.processes import Processes
 from bench.progress import track
-from bench.stages import Stage, atomic_write
+from bench.stages import Stage, atomic_write, temporary
 
 FOLDER = "pieces"
 Make = Callable[[int, Path], None]
@@ -32,31 +34,53 @@ def divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Size
     `prepare` loads what is needed and returns a function that makes piece n in the stage's folder, its files whole
     (`atomic_write`); those of the piece alone go under `path(folder, n, suffix)`. When all are there, `join` makes
     of them what stays. A killed process loses the piece it was at; the next launch goes on from there, with any
-    number of processes. Two runs that need the same stage at the same time make it together.
+    number of processes. Of two runs that need the same stage at the same time, the second waits for the first, and
+    takes over should that one be killed.
     """
-    if processes.once(lambda: not stage.done):
-        folder = stage.unfinished([len(piece) for piece in pieces])
-        earlier = processes.once(lambda: finished(folder, len(pieces)))
-        missing = [number for number in range(len(pieces)) if number not in earlier]
-        with metered() as spent:
-            _make(stage, folder, processes, pieces, processes.share(missing), prepare, description)
-            processes.wait()
-        if processes.main:
-            processes.expect(lambda: stage.done or len(finished(folder, len(pieces))) == len(pieces), folder)
-            with _unless_done(stage):
-                join(folder)
-                write_spent(folder, name, spent, sum(earlier.values()), **counts)
-                stage.finish(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-        processes.wait()
-        processes.expect(lambda: stage.done, stage.directory)
+    if processes.once(lambda: not stage.whole):
+        with stage.held() if processes.main else nullcontext():
+            if processes.once(lambda: not stage.ready()):  # unless it was made while this run waited
+                _divided(stage, processes, name, pieces, prepare, join, description, **counts)
     if processes.main:
         shutil.rmtree(stage.directory / FOLDER, ignore_errors=True)
+
+
+def _divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Sized], prepare: Callable[[], Make],
+             join: Callable[[Path], None], description: str, **counts: int) -> None:
+    """Make what is missing of a stage, all processes of one launch together, and put it in place."""
+    folder = stage.unfinished([len(piece) for piece in pieces])
+    earlier = processes.once(lambda: finished(folder, len(pieces)))
+    missing = [number for number in range(len(pieces)) if number not in earlier]
+    with metered() as spent:
+        _make(stage, folder, processes, pieces, processes.share(missing), prepare, description)
+        processes.wait()
+    if processes.main:
+        processes.expect(lambda: stage.done or len(finished(folder, len(pieces))) == len(pieces), folder)
+        with _unless_done(stage):
+            join(folder)
+            write_spent(folder, name, spent, sum(earlier.values()), **counts)
+            stage.finish(folder, leave_out=FOLDER)
+        shutil.rmtree(folder, ignore_errors=True)
+    processes.wait()
+    processes.expect(lambda: stage.done, stage.directory)
 
 
 def path(folder: Path, number: int, suffix: str) -> Path:
     """Where a piece keeps what is not part of the finished stage."""
     return folder / FOLDER / f"{number:06d}{suffix}"
+
+
+def join_arrays(folder: Path, file: str, shape: Sequence[int], places: Sequence[Sequence[int]]) -> None:
+    """Put the arrays of all pieces, piece n at the rows `places[n]`, into one fp32 .npy file that appears whole.
+
+    They go to a file of this process's own first: opened where another one has published it, it would be emptied.
+    """
+    unfinished = temporary(folder / file)
+    joined = np.lib.format.open_memmap(unfinished, "w+", np.float32, tuple(shape))
+    for number, rows in enumerate(places):
+        joined[rows] = read_array(path(folder, number, ".npy"))
+    joined.flush()
+    os.replace(unfinished, folder / file)
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -70,7 +94,7 @@ def finished(folder: Path, count: int) -> dict[int, float]:
     """The pieces that are there, with the seconds by which each delayed the stage."""
     there = {}
     for number in range(count):
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is made again
             there[number] = json.loads(path(folder, number, ".json").read_text())["seconds"]
     return there
 
@@ -93,11 +117,10 @@ def _make(stage: Stage, folder: Path, processes: Processes, pieces: Sequence[Siz
     with track(description=description, total=total, unit="image") as bar, _unless_done(stage):
         for number in own:
             marker = path(folder, number, ".json")
-            if not marker.exists():  # another run may have made it since
-                began = time.perf_counter()
-                make(number, folder)
-                seconds = (time.perf_counter() - began) / processes.count
-                atomic_write(marker, json.dumps({"seconds": seconds}))
+            began = time.perf_counter()
+            make(number, folder)
+            seconds = (time.perf_counter() - began) / processes.count
+            atomic_write(marker, json.dumps({"seconds": seconds}))
             bar.update(len(pieces[number]))
 
 

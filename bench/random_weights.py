@@ -62,9 +62,7 @@ def random_folder(weights: str, cache: Path, vocabulary: Path) -> Path:
     name = full_name(weights)
     inputs = {"kind": name, "shape": SHAPES[name], "seed": SEED, "torch": torch.__version__}
     stage = Stage(cache / f"{name.replace(':', '-')}-{fingerprint(inputs)}", inputs)
-    if not stage.done:
-        with stage.fresh() as folder:
-            random_pipeline(name, vocabulary).to(torch.float16).save_pretrained(folder)
+    stage.make(lambda folder: random_pipeline(name, vocabulary).to(torch.float16).save_pretrained(folder))
     return stage.directory
 
 

@@ -8,11 +8,13 @@ import re
 import shutil
 import socket
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import locks
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.stages import atomic_write
 from bench.suites import Suite, stored_suite
@@ -106,8 +108,8 @@ def create(method: str, suite: Suite, seed: int, iterations: int) -> Run:
 
 
 def store(run: Run) -> None:
-    """Write a run's settings into its folder."""
-    atomic_write(run.folder / "config.json", json.dumps(run.config(), indent=2, sort_keys=True))
+    """Write a run's settings into its folder, in the order of the suite: a page shows its prompt sets in that order."""
+    atomic_write(run.folder / "config.json", json.dumps(run.config(), indent=2))
 
 
 def find(name: str) -> Path:
@@ -135,6 +137,11 @@ def load(name: str) -> Run:
 def ids() -> list[str]:
     """All runs, oldest first."""
     return sorted(path.parent.name for path in RUNS.glob("*/config.json"))
+
+
+def held(run: Run, wait: bool = False) -> AbstractContextManager[None]:
+    """The right to work on a run, which one process (or launch of several) has at a time; see bench.locks."""
+    return locks.held(run.folder / ".lock", f"run {run.id}", wait)
 
 
 def finished(folder: Path) -> bool:

@@ -7,12 +7,14 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from bench.errors import BenchError
+from bench.integrity import expecting, read_array
 from bench.progress import track
 from bench.stages import Stage, atomic_write, fingerprint
 
@@ -99,7 +101,7 @@ class Store:
         The next batch is fetched while one is made. Several processes each make their share of the shards and
         leave together. Refuses, before anything is written, what does not fit on the disk.
         """
-        missing = [stage for stage in self.stages()[share.process::share.processes] if not stage.done]
+        missing = [stage for stage in self.stages()[share.process::share.processes] if not stage.whole]
         if missing:
             self._make(missing, fetch, make, batch_size, description)
         share.wait()
@@ -111,10 +113,9 @@ class Store:
         size = self._expect_room(rows)
         with track(description=f"{description} ({size})", total=rows) as bar:
             for stage, span in zip(missing, spans, strict=True):
-                with stage.fresh() as folder:
-                    self._fill(folder, span, fetch, make, batch_size, bar)
+                stage.make(partial(self._fill, span, fetch, make, batch_size, bar))
 
-    def _fill(self, folder: Path, span: range, fetch: Callable, make: Callable, batch_size: int, bar: Any) -> None:
+    def _fill(self, span: range, fetch: Callable, make: Callable, batch_size: int, bar: Any, folder: Path) -> None:
         """One shard: rows.npy, and broken.json with the reasons of the rows that could not be fetched."""
         out = np.lib.format.open_memmap(folder / "rows.npy", "w+", self.dtype, (len(span), *self.shape))
         broken: dict[int, str] = {}
@@ -139,9 +140,10 @@ class Store:
                              f"first {unfinished[0]}")
         broken: dict[int, str] = {}
         for stage in stages:
-            found = json.loads((stage.directory / "broken.json").read_text())
-            broken |= {int(row): reason for row, reason in found.items()}
-        return Rows([np.load(stage.directory / "rows.npy", mmap_mode="r") for stage in stages], broken)
+            with expecting(stage.directory / "broken.json"):
+                found = json.loads((stage.directory / "broken.json").read_text())
+                broken |= {int(row): reason for row, reason in found.items()}
+        return Rows([read_array(stage.directory / "rows.npy", mmap_mode="r") for stage in stages], broken)
 
     def _expect_room(self, rows: int) -> str:
         """The size of so many rows, for people; BenchError when the disk has less."""

@@ -175,7 +175,7 @@ class Shared:
         """
         ledger = Stage(CACHE / f"cost-{fingerprint(key)}", key)
         self.common[name] = ledger.directory
-        if self.processes.once(lambda: ledger.done):
+        if self.processes.once(ledger.ready):
             return encode()
         with timed(ledger, self.processes, name, **counts):
             return encode()

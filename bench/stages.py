@@ -7,12 +7,18 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench import integrity, locks
+from bench.integrity import Damage
+
 MARKER = "stage.json"
+DAMAGED = ".damaged-"  # between a folder's name and a number: what was set aside because it is not what was written
+_checked: dict[Path, integrity.Seen] = {}  # folders whose every byte this process has written or looked at
 
 
 def fingerprint(value: Any) -> str:
@@ -42,7 +48,9 @@ class Stage:
 
     The step counts as done when the folder holds a marker whose hash equals that of `inputs`: everything that
     decides the result (settings, and the fingerprints of earlier stages). A changed setting therefore never
-    reuses a stale result, and a killed step leaves nothing that looks like one.
+    reuses a stale result, and a killed step leaves nothing that looks like one. The marker also holds size and hash
+    of every file, so that what was changed, swapped or cut since is not used. (Markers of older versions hold none:
+    such a stage is used unverified.)
     """
 
     def __init__(self, directory: Path, inputs: dict[str, Any]):
@@ -52,10 +60,70 @@ class Stage:
 
     @property
     def done(self) -> bool:
+        """Whether the marker is there and every file in its size; cheap, and changes nothing."""
+        marker = self._marker()
+        return marker is not None and integrity.missing(self.directory, marker.get("files", {})) is None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the result may be used: done, and byte for byte what was written. What this process wrote itself
+        or has looked at is looked at again only when the file system says that it changed."""
+        return self.done and not self.damage()
+
+    def ready(self) -> bool:
+        """`whole`, for whoever makes the stage otherwise, and has the right to: a damaged result is named and set
+        aside (`<name>.damaged-N`)."""
+        if found := self.damage():
+            self._set_aside(found)
+        return self.done
+
+    def make(self, fill: Callable[[Path], None]) -> None:
+        """Let `fill` fill an empty folder, unless the result is there. One process at a time: others wait, and take
+        over should that one be killed."""
+        if self.whole:
+            return
+        with self.held():
+            if not self.ready():
+                with self.fresh() as folder:
+                    fill(folder)
+
+    def damage(self) -> list[Damage]:
+        """Every file of a result of these inputs that is not what was written."""
         try:
-            return json.loads((self.directory / MARKER).read_text())["hash"] == self.hash
-        except (OSError, ValueError, KeyError):
-            return False
+            json.loads((self.directory / MARKER).read_text())
+        except OSError:
+            return []
+        except ValueError:
+            return [Damage(self.directory / MARKER, "is no marker that can be read")]
+        files = (self._marker() or {}).get("files", {})
+        if (lost := integrity.missing(self.directory, files)) is not None:
+            return [lost]
+        seen = integrity.seen(self.directory, files)
+        found = [] if seen == _checked.get(self.directory.absolute()) else integrity.damage(self.directory, files)
+        if not found:
+            _checked[self.directory.absolute()] = seen
+        return found
+
+    def held(self) -> AbstractContextManager[None]:
+        """The right to make this stage; waits for a process that has it."""
+        return locks.held(self.directory.with_name(f".{self.directory.name}.lock"), str(self.directory), wait=True)
+
+    def _marker(self) -> dict[str, Any] | None:
+        """The marker, if it is one of these inputs."""
+        try:
+            marker = json.loads((self.directory / MARKER).read_text())
+            return marker if marker["hash"] == self.hash else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _set_aside(self, found: list[Damage]) -> None:
+        number = 1
+        while (aside := self.directory.with_name(f"{self.directory.name}{DAMAGED}{number}")).exists():
+            number += 1
+        os.replace(self.directory, aside)
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        print(f"bench: {found[0]}{more}: set aside as {aside.name}, and made again (`bench verify` names what was made "
+              "from it)", file=sys.stderr, flush=True)
 
     @contextmanager
     def fresh(self) -> Iterator[Path]:
@@ -73,12 +141,15 @@ class Stage:
         """Where work is kept that goes on after a kill; `layout` is how it is divided, which must stay the same."""
         return self.directory.with_name(f".{self.directory.name}.{fingerprint([self.hash, layout])}.part")
 
-    def finish(self, folder: Path) -> None:
-        """Put the marker into a filled folder and make it `directory`."""
-        marker = {"hash": self.hash, "inputs": self.inputs}
+    def finish(self, folder: Path, leave_out: str = "") -> None:
+        """Put the marker into a filled folder and make it `directory`; its subfolder `leave_out` is no result."""
+        files = integrity.manifest(folder, lambda name: name == MARKER or bool(leave_out) and
+                                   name.startswith(f"{leave_out}/"))
+        marker = {"hash": self.hash, "inputs": self.inputs, "files": files}
         atomic_write(folder / MARKER, json.dumps(marker, indent=1, default=str))
-        if self.done:  # another run has made the same thing in the meantime, and may be reading it
+        if self.ready():  # another run has made the same thing in the meantime, and may be reading it
             shutil.rmtree(folder)
             return
         shutil.rmtree(self.directory, ignore_errors=True)
         os.replace(folder, self.directory)
+        _checked[self.directory.absolute()] = integrity.seen(self.directory, files)

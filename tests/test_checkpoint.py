@@ -123,9 +123,24 @@ def test_none_are_kept_unless_asked_for_and_none_at_the_end(base, accelerator, t
 def test_an_unreadable_checkpoint_is_said_in_one_line(base, accelerator, tmp_path):
     checkpoints = Checkpoints(tmp_path, "key", 2)
     go(base, accelerator, checkpoints)
+    marker = json.loads((tmp_path / "step6" / "stage.json").read_text())
+    (tmp_path / "step6" / "stage.json").write_text(json.dumps({**marker, "files": {}}))  # an older version's
     (tmp_path / "step6" / "state.pt").write_bytes(b"")
     with pytest.raises(BenchError, match=r"step6/state.pt cannot be read \(EOFError\): remove "):
         go(base, accelerator, checkpoints)
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(base, accelerator, tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path, "key", 2)
+    undisturbed = go(base, accelerator, checkpoints)
+    weights = tmp_path / "step6" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    checkpoints.check()
+    assert f"{weights} does not hold what was written: set aside as step6.damaged-1" in capsys.readouterr().err
+    assert checkpoints.newest() is None
+    assert_same(go(base, accelerator, checkpoints), undisturbed)
 
 
 def break_weights(monkeypatch, value: float) -> None:

@@ -134,11 +134,13 @@ def _index(shards: Shards, columns: Sequence[str], cache: Path) -> tuple[pd.Data
     """
     inputs = {"kind": "pickapic", "layout": LAYOUT, "shards": shards.fingerprint}
     stage = Stage(Path(cache) / f"pairs-{fingerprint(inputs)}", inputs)
-    if not stage.done:
-        with stage.fresh() as folder:
-            index, counts, examples = _scan(shards, columns)
-            index.to_parquet(folder / "index.parquet", index=False)
-            (folder / "counts.json").write_text(json.dumps({"counts": counts, "examples": examples}))
+
+    def fill(folder: Path) -> None:
+        index, counts, examples = _scan(shards, columns)
+        index.to_parquet(folder / "index.parquet", index=False)
+        (folder / "counts.json").write_text(json.dumps({"counts": counts, "examples": examples}))
+
+    stage.make(fill)
     stored = json.loads((stage.directory / "counts.json").read_text())
     return pd.read_parquet(stage.directory / "index.parquet"), stored["counts"], stored["examples"]
 

@@ -1,0 +1,104 @@
+"""What a finished folder holds, file by file, and whether it still does."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bench.errors import BenchError, first_line
+
+Files = dict[str, list]  # name relative to the folder -> [bytes, sha256]
+Seen = tuple[tuple[str, int, int, int], ...]
+
+
+class Damage(NamedTuple):
+    """A file that is not what was written."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.reason}"
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, 64 digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest(folder: Path, leave_out: Callable[[str], bool] = lambda name: False) -> Files:
+    """Size and hash of every file below a folder, but for hidden ones and those whose names `leave_out` knows."""
+    return {name: [path.stat().st_size, sha256(path)] for name, path in _files(folder) if not leave_out(name)}
+
+
+def missing(folder: Path, files: Files) -> Damage | None:
+    """The cheap check: the first file that is not there in its size."""
+    for name, (size, _) in files.items():
+        path = folder / name
+        try:
+            found = path.stat().st_size
+        except OSError:
+            return Damage(path, "is missing")
+        if found != size:
+            return Damage(path, f"holds {found} bytes, not {size}")
+    return None
+
+
+def damage(folder: Path, files: Files) -> list[Damage]:
+    """The full check: every file that does not hold, byte for byte, what was written."""
+    found = []
+    for name, entry in files.items():
+        problem = missing(folder, {name: entry})
+        try:
+            if problem is None and sha256(folder / name) != entry[1]:
+                problem = Damage(folder / name, "does not hold what was written")
+        except OSError as error:
+            problem = Damage(folder / name, f"cannot be read ({error.strerror})")
+        found += [problem] if problem else []
+    return found
+
+
+def seen(folder: Path, files: Files) -> Seen:
+    """What the file system says of the files; as long as that stays, a check need not be made twice."""
+    stats = ((name, (folder / name).stat()) for name in files)
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+
+
+@contextmanager
+def expecting(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file of a finished folder is read: which file it was, and what to do about it.
+
+    A file that is gone stays FileNotFoundError: another process may have finished the work, and taken it away.
+    """
+    try:
+        yield
+    except (BenchError, FileNotFoundError):
+        raise
+    except Exception as error:  # the libraries that read a format raise errors of many kinds
+        raise BenchError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): remove {path.parent}, and "
+                         "what was in it is made again") from error
+
+
+def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """An array in a .npy file, as `np.load` reads it."""
+    with expecting(path):
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for place, below, names in os.walk(folder):
+        inside = Path(place).relative_to(folder)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield (inside / name).as_posix(), Path(place, name)
