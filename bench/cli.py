@@ -38,6 +38,13 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # click takes it for the end of its terminal; here it is a file that is cut short
+            raise BenchError(f"EOFError: {error} (BENCH_DEBUG=1 shows where)") from error
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="bench")
 def cli() -> None:

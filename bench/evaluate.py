@@ -22,6 +22,7 @@ from PIL import Image
 
 from bench import registry
 from bench.errors import BenchError, UsageError, first_line
+from bench.integrity import expecting
 from bench.mini.judge import Judge
 from bench.runs import Result
 from bench.stages import atomic_write
@@ -155,5 +156,5 @@ def read_images(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _read_png(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
+    with expecting(path), Image.open(path) as image:
         return np.asarray(image.convert("RGB"))

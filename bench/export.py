@@ -15,7 +15,7 @@ import click
 import numpy as np
 import yaml
 
-from bench import evaluate, models, runs
+from bench import evaluate, models, runs, verify
 from bench.data import PromptSet
 from bench.errors import BenchError, UsageError
 from bench.runs import Result, Run
@@ -42,6 +42,7 @@ def export_run(name: str, iteration: int | None, output: Path, step: int | None 
     if chosen is None:
         raise UsageError(f"{run.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
                          f"{', '.join(str(result.within) for result in inside)}")
+    verify.expect_whole(run.folder, verify.result_damage(run.folder, chosen))
     with new_folder(output) as folder:
         pipe = models.load_pipeline(run.suite.model.weights)
         pipe.unet = models.load_unet(run.folder / chosen.name / "unet")

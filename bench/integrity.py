@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from bench.errors import BenchError, first_line
 
 Files = dict[str, list]  # name relative to the folder -> [bytes, sha256]
+DAMAGED = ".damaged-"  # between a name and a number: what was set aside because it is not what was written
 Seen = tuple[tuple[str, int, int, int], ...]
 
 
@@ -66,6 +68,22 @@ def damage(folder: Path, files: Files) -> list[Damage]:
             problem = Damage(folder / name, f"cannot be read ({error.strerror})")
         found += [problem] if problem else []
     return found
+
+
+def set_aside(path: Path) -> str:
+    """Rename a damaged file or folder to `<name>.damaged-N`; the new name. Nothing is done where nothing is left."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}{DAMAGED}{number}")).exists():
+        number += 1
+    if path.exists():
+        os.replace(path, aside)
+    return aside.name
+
+
+def say(found: Sequence[Damage], done: str) -> None:
+    """Name what is damaged, and what was done about it, on stderr."""
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    print(f"bench: {found[0]}{more}: {done}", file=sys.stderr, flush=True)
 
 
 def seen(folder: Path, files: Files) -> Seen:

@@ -14,6 +14,7 @@ import torch
 
 from bench import cards
 from bench.errors import BenchError
+from bench.integrity import expecting
 from bench.meter import mfu
 from bench.random_weights import REMARK, is_random
 from bench.runs import Run
@@ -74,7 +75,8 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared, checkpoints: It
 
     def read(folder: Path) -> dict[str, Any]:
         """What one stage cost, and its MFU where the device's peak is known."""
-        stage = json.loads((folder / "cost.json").read_text())
+        with expecting(folder / "cost.json"):
+            stage = json.loads((folder / "cost.json").read_text())
         peak = peaks[precision if stage["name"].endswith("/train") else dtype]
         return {**stage, "mfu": mfu(stage.get("flops"), stage["seconds"], stage.get("devices", 1), peak)}
 

@@ -5,6 +5,7 @@ Whatever is expensive lives in the cache under a name that says what made it, so
 
 from __future__ import annotations
 
+import filecmp
 import io
 import json
 import os
@@ -319,7 +320,9 @@ def link_tree(source: Path, target: Path, names: Sequence[str]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         if (target / name).exists():
-            continue
+            if filecmp.cmp(source / name, target / name, shallow=False):
+                continue
+            (target / name).unlink()  # the source was made again since
         try:
             os.link(source / name, target / name)
         except OSError:

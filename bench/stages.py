@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,7 +16,6 @@ from bench import integrity, locks
 from bench.integrity import Damage
 
 MARKER = "stage.json"
-DAMAGED = ".damaged-"  # between a folder's name and a number: what was set aside because it is not what was written
 _checked: dict[Path, integrity.Seen] = {}  # folders whose every byte this process has written or looked at
 
 
@@ -117,13 +115,8 @@ class Stage:
             return None
 
     def _set_aside(self, found: list[Damage]) -> None:
-        number = 1
-        while (aside := self.directory.with_name(f"{self.directory.name}{DAMAGED}{number}")).exists():
-            number += 1
-        os.replace(self.directory, aside)
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        print(f"bench: {found[0]}{more}: set aside as {aside.name}, and made again (`bench verify` names what was made "
-              "from it)", file=sys.stderr, flush=True)
+        aside = integrity.set_aside(self.directory)
+        integrity.say(found, f"set aside as {aside}, and made again (`bench verify` names what was made from it)")
 
     @contextmanager
     def fresh(self) -> Iterator[Path]:

@@ -43,7 +43,7 @@ class RunFolder(FileStorageObserver):
         # Scalars are logged again for the iterations that are already there.
         (self.folder / "metrics.json").unlink(missing_ok=True)
         cout = self.folder / "cout.txt"
-        self.printed_before = cout.read_text(encoding="utf-8") if cout.exists() else ""
+        self.printed_before = cout.read_text(encoding="utf-8", errors="replace") if cout.exists() else ""
 
     def save_json(self, obj: Any, filename: str) -> None:
         atomic_write(self.folder / filename, json.dumps(flatten(obj), sort_keys=True, indent=2))

@@ -11,12 +11,14 @@ from typing import Any
 
 from bench import integrity
 from bench.errors import BenchError
-from bench.integrity import Damage
-from bench.stages import DAMAGED, MARKER, atomic_write
+from bench.integrity import DAMAGED, Damage
+from bench.runs import Result
+from bench.stages import MARKER, atomic_write
 from bench.suites.keys import flat
 
 SEAL = "seal.json"
 """In the folder of a finished run: size and hash of every file that is in no stage (tables, protocol, base images)."""
+CONFIG = "config.json"
 REMEDY = "bench run --resume RUN sets it aside and makes that again, and nothing else"
 
 
@@ -34,7 +36,17 @@ class Verdict:
 
 @contextmanager
 def sealed(folder: Path) -> Iterator[None]:
-    """Seal what the block wrote into a run's folder, outside its stages, when it has ended well."""
+    """Seal what the block wrote into a run's folder, outside its stages, when it has ended well.
+
+    What is damaged under the seal of before is named and set aside first; the block makes it again. Not the settings:
+    BenchError when these are not what the run was started with.
+    """
+    for found in _seal_damage(folder):
+        if found.path == folder / CONFIG:
+            raise BenchError(f"{found}: what the run was started with is not certain any more; correct it by "
+                             f"{folder / 'protocol.json'}, which holds the same settings, and remove {folder / SEAL}, "
+                             "or start a new run")
+        integrity.say([found], f"set aside as {integrity.set_aside(found.path)}, and made again")
     (folder / SEAL).unlink(missing_ok=True)
     yield
     atomic_write(folder / SEAL, json.dumps({"files": _loose(folder)}, indent=1))
@@ -53,9 +65,9 @@ def expect_whole(folder: Path, damage: Sequence[Damage]) -> None:
         raise BenchError(f"damaged: {damage[0]}{more}; {REMEDY.replace('RUN', folder.name)}")
 
 
-def iteration_damage(folder: Path, iteration: int) -> list[Damage]:
-    """What is wrong with a trained iteration of a run."""
-    return _stage_damage(folder / f"iter{iteration}")
+def result_damage(folder: Path, result: Result) -> list[Damage]:
+    """What is wrong with a result of a run: a trained iteration or a checkpoint inside one."""
+    return _stage_damage(folder / result.name)
 
 
 def verify(folder: Path, everywhere: Sequence[Path]) -> Verdict:

@@ -12,6 +12,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from bench import runs as stored
+from bench import verify
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
 from bench.runs import Result
 from bench.suites import Suite
@@ -115,7 +116,7 @@ def load_runs(paths: Sequence[Path] | None = None, root: Path = Path("results/ru
     for folder in _folders(paths, Path(root)):
         try:
             read.append(_read(folder, problems))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever lies in one folder, the others are reported
             problems.append(f"{folder.name}: left out, {_reason(error)}")
     if not read:
         detail = f" ({'; '.join(problems)})" if problems else ""
@@ -163,6 +164,7 @@ def _reason(error: Exception) -> str:
 
 
 def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
+    verify.expect_whole(folder, verify.record_damage(folder))
     protocol = _json(folder / "protocol.json")
     if not (folder / "scores.parquet").exists():
         raise ValueError("no scores.parquet (unfinished?)")
