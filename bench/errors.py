@@ -27,3 +27,10 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What somebody else's error says, in one line; its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def printable(text: str, most: int | None = None) -> str:
+    """Text from outside as a terminal may show it: control, format and surrogate characters escaped, cut at `most`."""
+    cut = text if most is None or len(text) <= most else f"{text[:most]}..."
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
+                   for letter in cut)

@@ -16,7 +16,7 @@ from bench.errors import BenchError, first_line
 
 Files = dict[str, list]  # name relative to the folder -> [bytes, sha256]
 DAMAGED = ".damaged-"  # between a name and a number: what was set aside because it is not what was written
-Seen = tuple[tuple[str, int, int, int], ...]
+Seen = tuple[tuple[str, int, int, int, int], ...]
 
 
 class Damage(NamedTuple):
@@ -89,7 +89,7 @@ def say(found: Sequence[Damage], done: str) -> None:
 def seen(folder: Path, files: Files) -> Seen:
     """What the file system says of the files; as long as that stays, a check need not be made twice."""
     stats = ((name, (folder / name).stat()) for name in files)
-    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats)
 
 
 @contextmanager

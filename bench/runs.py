@@ -8,14 +8,14 @@ import re
 import shutil
 import socket
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import locks
-from bench.errors import BenchError, UsageError, did_you_mean
+from bench.errors import BenchError, UsageError, did_you_mean, first_line, printable
 from bench.stages import atomic_write
 from bench.suites import Suite, stored_suite
 from bench.suites.keys import flat
@@ -115,10 +115,11 @@ def store(run: Run) -> None:
 def find(name: str) -> Path:
     """The folder of a run, given by id or by path."""
     for folder in (RUNS / name, Path(name)):
-        if (folder / "config.json").is_file():
-            return folder
+        with suppress(OSError, ValueError):  # a name that no file can have
+            if (folder / "config.json").is_file():
+                return folder
     hint = did_you_mean(name, ids())
-    raise UsageError(f"no run '{name}' in {RUNS}{hint}; `bench list runs` shows what there is")
+    raise UsageError(f"no run '{printable(name, 80)}' in {RUNS}{hint}; `bench list runs` shows what there is")
 
 
 def load(name: str) -> Run:
@@ -130,8 +131,10 @@ def load(name: str) -> Run:
         config = json.loads((folder / "config.json").read_text())
         suite = stored_suite(config["suite"])
         return Run(folder.name, config["method"], config["seed"], config["iterations"], suite)
-    except (ValueError, KeyError) as error:
-        raise BenchError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{folder / 'config.json'} cannot be read ({type(error).__name__}: {first_line(error)}); "
+                         f"{folder / 'protocol.json'} holds the same settings: restore it by that, or start a new run"
+                         ) from error
 
 
 def ids() -> list[str]:

@@ -19,6 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from bench.data.images import IMAGE_SUFFIXES, images_in
+from bench.digests import content_digest
 from bench.errors import BenchError, UsageError, first_line
 from bench.mini import MINI_WEIGHTS
 from bench.progress import track
@@ -142,16 +143,20 @@ class Scores:
 def identity(name: str, options: Mapping[str, Any], made_with: Mapping[str, str]) -> str:
     """What a scorer's numbers depend on, as far as can be told without loading it.
 
-    Files are told apart by name, size and time. Weights that are in none of the folders come from the hub's cache
-    and count as their name.
+    Whatever option names a file or folder, weights or backbone, counts by its content; what lies in BENCH_WEIGHTS, of
+    which only a part may be read, by name, size and time. Weights that are in none of the folders come from the hub's
+    cache and count as their name.
     """
-    weights = options.get("weights", "mini")
-    roots = [MINI_WEIGHTS] if weights == "mini" else [Path(weights).expanduser()]
-    if weights != "mini" and os.environ.get("BENCH_WEIGHTS"):
-        roots.append(Path(os.environ["BENCH_WEIGHTS"]).expanduser())
-    files = [path for root in roots for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]
-    state = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return fingerprint([name, dict(options), state, made_with])
+    named = [value for value in {"weights": "mini", **options}.values() if isinstance(value, str)]
+    roots = [MINI_WEIGHTS if value == "mini" else Path(value).expanduser() for value in named]
+    content = content_digest(file for root in roots if root.exists() for file in _files(root))
+    beside = Path(os.environ.get("BENCH_WEIGHTS") or os.devnull).expanduser()
+    state = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(beside))
+    return fingerprint([name, dict(options), content, state, made_with])
+
+
+def _files(root: Path) -> list[Path]:
+    return [path for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]
 
 
 # --- scoring ---

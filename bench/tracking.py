@@ -46,7 +46,7 @@ class RunFolder(FileStorageObserver):
         self.printed_before = cout.read_text(encoding="utf-8", errors="replace") if cout.exists() else ""
 
     def save_json(self, obj: Any, filename: str) -> None:
-        atomic_write(self.folder / filename, json.dumps(flatten(obj), sort_keys=True, indent=2))
+        atomic_write(self.folder / filename, json.dumps(flatten(obj), indent=2))
 
     def save_cout(self) -> None:
         atomic_write(self.folder / "cout.txt", self.printed_before + self.cout)

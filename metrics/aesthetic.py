@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.errors import BenchError, first_line
-from metrics.base import Images, Metric, check_lengths, find_weights, weights_digest
+from metrics.base import Images, Metric, check_lengths, checkpoint_digest, find_weights
 from metrics.clip_family import OPEN_CLIP, ClipBackbone
 from metrics.open_clip_format import VIT_L_14
 
@@ -38,7 +38,7 @@ class Aesthetic(Metric):
     def __init__(self, backbone: ClipBackbone, head: nn.Module, head_name: str, batch_size: int = 64):
         self.backbone = backbone
         self.head = head.eval().requires_grad_(False).to(backbone.device)
-        self.checkpoint = f"{head_name} ({weights_digest(head)}) on {backbone.checkpoint}"
+        self.checkpoint = f"{head_name} on {backbone.checkpoint}"
         self.batch_size = batch_size
 
     @classmethod
@@ -59,7 +59,8 @@ class Aesthetic(Metric):
         if expected != given:
             raise BenchError(f"the aesthetic head '{weights}' reads embeddings of {expected} numbers, "
                              f"but the CLIP '{encoder}' makes {given}")
-        return cls(clip, head, weights if weights == "mini" else source.name, batch_size)
+        name = weights if weights == "mini" else source.name
+        return cls(clip, head, f"{name} ({checkpoint_digest(source)})", batch_size)
 
     @torch.inference_mode()
     def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:

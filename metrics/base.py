@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
+from bench.digests import content_digest
 from bench.errors import BenchError, first_line
 from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 
+SETTINGS_FILES = ("config.json", "open_clip_config.json", "med_config.json", "preprocessor_config.json",
+                  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
+"""What else a checkpoint's folder holds that decides a score."""
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 """What tells a missing file from a repository on the hub: both may look like `name/name`."""
 
@@ -129,9 +134,35 @@ def _from_hub(published: Published, candidates: Sequence[Path]) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A short hash that tells two checkpoints apart: every tensor's name, shape and first values."""
+    """A short hash of a small network in memory: every tensor's name, type, shape and bytes.
+
+    Of a checkpoint on disk, `checkpoint_digest` also knows the tokenizer, and large files are not read twice.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        head = value.detach().flatten()[:64].double().cpu().numpy()
-        digest.update(f"{name}{tuple(value.shape)}".encode() + head.tobytes())
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
+
+
+def checkpoint_digest(*sources: str | Path) -> str:
+    """A short hash of the content of checkpoints: files, folders, or repositories as the hub's cache holds them.
+
+    Of a folder the settings and tokenizer, and the weights that `from_pretrained` reads: safetensors where there are
+    any.
+    """
+    return content_digest(dict.fromkeys(file for source in sources for file in _files_read(str(source))))
+
+
+def _files_read(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = [try_to_load_from_cache(source, name) for name in SETTINGS_FILES]
+        folders = {Path(name).parent for name in found if isinstance(name, str)}
+        return [file for folder in sorted(folders) for file in _files_read(str(folder))]
+    weights = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+    return weights + [path / name for name in SETTINGS_FILES if (path / name).is_file()]

@@ -27,8 +27,8 @@ from metrics.base import (
     Metric,
     Published,
     check_lengths,
+    checkpoint_digest,
     find_weights,
-    weights_digest,
 )
 from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
 from metrics.sharing import even_batches, once, pixel_batches
@@ -63,7 +63,7 @@ class ClipBackbone:
         self.device = device
         self.reading = reading
         self.max_tokens = model.config.text_config.max_position_embeddings
-        self.checkpoint = f"{checkpoint} ({weights_digest(model)})"
+        self.checkpoint = checkpoint
         mean, std = (processor.image_mean, processor.image_std) if processor else (CLIP_MEAN, CLIP_STD)
         size, mean, std = model.config.vision_config.image_size, tuple(mean), tuple(std)
         self.pixels = {"transformers": lambda: Transformers(processor),
@@ -97,7 +97,8 @@ class ClipBackbone:
             model = _open(CLIPModel, source, dtype=torch.float32, output_loading_info=True)
             images = _open(CLIPImageProcessorPil, settings)
             weights = source if weights == "official" else weights
-        backbone = cls(model, tokenizer, images, weights, device, reading)
+        checkpoint = f"{weights} ({checkpoint_digest(source, settings)})"
+        backbone = cls(model, tokenizer, images, checkpoint, device, reading)
         _loaded[key] = backbone
         return backbone
 

@@ -15,7 +15,7 @@ from bench.errors import BenchError, first_line
 from bench.progress import track
 from metrics import blip
 from metrics.aesthetic import head_layers, head_sizes
-from metrics.base import Images, Metric, Published, check_lengths, find_weights, weights_digest
+from metrics.base import Images, Metric, Published, check_lengths, checkpoint_digest, find_weights
 from metrics.open_clip_format import read_checkpoint
 from metrics.pixels import ShortestSide
 from metrics.sharing import even_batches, pixel_batches
@@ -55,7 +55,7 @@ class ImageReward(Metric):
         self.network = network.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.pixels = ShortestSide(network.blip["visual_encoder"].image_size)
-        self.checkpoint = f"{checkpoint} ({weights_digest(network)})"
+        self.checkpoint = checkpoint
         self.device = device
         self.batch_size = batch_size
 
@@ -69,8 +69,10 @@ class ImageReward(Metric):
         path = path / cls.published.file if path.is_dir() else path
         network = build(read_checkpoint(path), read_config(path))
         beside = any((path.parent / name).exists() for name in ("vocab.txt", "tokenizer.json"))
-        tokenizer = _open_tokenizer(str(path.parent) if beside else find_weights(TOKENIZER, "imagereward"))
-        return cls(network, tokenizer, weights if weights == "mini" else path.name, device, batch_size)
+        vocabulary = str(path.parent) if beside else find_weights(TOKENIZER, "imagereward")
+        checkpoint = f"{weights if weights == 'mini' else path.name} " \
+                     f"({checkpoint_digest(path, config_path(path), vocabulary)})"
+        return cls(network, _open_tokenizer(vocabulary), checkpoint, device, batch_size)
 
     @torch.inference_mode()
     def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:

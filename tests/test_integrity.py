@@ -214,6 +214,13 @@ def test_an_early_end_of_a_file_is_no_interruption(here, capsys, monkeypatch):
     assert "bench: EOFError: No data left in file" in capsys.readouterr().err
 
 
+def test_a_resumed_run_keeps_the_order_of_its_settings(here):
+    before = (here / "config.json").read_text()
+    assert bench(f"run --resume {here.name}") == 0
+    assert (here / "config.json").read_text() == before
+    assert list(json.loads(before)["suite"])[:3] == ["name", "description", "model"]  # not sorted
+
+
 def test_a_second_resume_says_who_is_at_work(here, capsys):
     run = runs.load(here.name)
     with runs.held(run):

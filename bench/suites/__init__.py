@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from bench import registry
-from bench.errors import UsageError, did_you_mean
+from bench.errors import UsageError, did_you_mean, printable
 from bench.suites import keys
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # becomes part of a folder's name
 
 
 def _distinct(values: list[T]) -> list[T]:
@@ -278,11 +278,13 @@ def _validated(settings: dict[str, Any], source: str) -> Suite:
 
 
 def _checked(suite: Suite, source: str) -> Suite:
-    """Refuse what an entry of `methods` may not change in the train and opponent sections."""
+    """Refuse names that are no folder's, and what an entry of `methods` may not change in train and opponent."""
+    for kind, names in (("methods", suite.methods), ("evaluation.prompt_sets", suite.evaluation.prompt_sets)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                raise UsageError(f"{source}{kind}.{printable(name, 80)}: an entry's name becomes part of a folder's "
+                                 "name: at most 64 letters, digits, - and _ only")
     for entry in suite.methods:
-        if not NAME.fullmatch(entry):
-            raise UsageError(f"{source}methods.{entry}: an entry's name becomes part of a folder's name: letters, "
-                             "digits, - and _ only")
         for section, changed in (("train", suite.training), ("opponent", suite.opponents)):
             try:
                 changed(entry)
