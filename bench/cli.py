@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from bench import __version__, cost_commands, processes, search_commands, store_commands
-from bench.errors import BenchError, UsageError, did_you_mean
+from bench.errors import BenchError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
     from bench.runs import Run
@@ -391,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    processes.fail(f"bench: {' '.join(message.split())}", code)
+    processes.fail(printable(f"bench: {' '.join(message.split())}"), code)
 
 
 if __name__ == "__main__":

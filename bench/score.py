@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from bench.data.depth import eight_bits
 from bench.data.images import IMAGE_SUFFIXES, images_in
 from bench.digests import content_digest
-from bench.errors import BenchError, UsageError, first_line
+from bench.errors import BenchError, UsageError, first_line, printable
 from bench.mini import MINI_WEIGHTS
 from bench.progress import track
 from bench.stages import atomic_write, fingerprint
@@ -75,10 +76,20 @@ def collect(folder: Path, prompts: Path | None) -> list[Item]:
 def _by_name(folder: Path, table: pd.DataFrame, found: Container[str]) -> list[Item]:
     items, seen = [], set()
     for name, prompt in zip(table["file_name"], table["prompt"], strict=True):
-        problem = "" if name in found or (folder / name).is_file() else "no such image"
+        problem = "" if name in found else _problem(folder, name)
         items.append(Item(name, folder / name, prompt, "named twice" if name in seen else problem))
         seen.add(name)
     return items
+
+
+def _problem(folder: Path, name: str) -> str:
+    """What is wrong with a name in somebody's metadata, "" when it is that of a file in the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "outside the folder"
+    try:
+        return "" if (folder / name).is_file() else "no such image"
+    except (OSError, ValueError):  # a name that no file can have
+        return "no such image"
 
 
 def _in_order(folder: Path, found: Sequence[str], prompts: Sequence[str]) -> list[Item]:
@@ -91,9 +102,8 @@ def _read_table(path: Path) -> pd.DataFrame:
     """Columns prompt and, where the file has it, file_name; both text."""
     if not path.is_file():
         raise BenchError(f"prompts file not found: {path}")
-    if path.suffix == ".txt":
-        return pd.DataFrame({"prompt": [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]})
-    readers = {".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), ".parquet": pd.read_parquet,
+    readers = {".txt": lambda p: pd.DataFrame({"prompt": p.read_text(encoding="utf-8").splitlines()}),
+               ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), ".parquet": pd.read_parquet,
                ".jsonl": _read_jsonl}
     if path.suffix not in readers:
         raise UsageError(f"{path}: prompts are read from .txt, .csv, .jsonl or .parquet files")
@@ -196,8 +206,8 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
         prompts = [fingerprint(item.prompt) for item in usable]
         cut = {name: sum(filter(None, known.get("truncated", [_key(who[name], prompt) for prompt in prompts])))
                for name in metrics}
-    table = pd.DataFrame({"file_name": [item.file_name for item in items],
-                          "prompt": [item.prompt for item in items]})
+    table = pd.DataFrame({"file_name": [_text(item.file_name) for item in items],
+                          "prompt": [_text(item.prompt) for item in items]})
     place = {id(item): row for row, item in enumerate(items)}
     for name in metrics:
         column = np.full(len(items), np.nan, np.float32)
@@ -210,6 +220,11 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
                 "device": device, "versions": made_with, "images": len(items),
                 "scored": sum(not item.problem for item in items)}
     return table, protocol
+
+
+def _text(text: str) -> str:
+    """A file's name that is no UTF-8 as text that files and terminals take."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _key(scorer: str, scored: str) -> str:
@@ -253,6 +268,9 @@ def _hashed(items: Sequence[Item]) -> list[Item]:
     candidates = [item for item in items if not item.problem]
 
     def digest(item: Item) -> None:
+        if not item.path.is_file():  # a pipe would be waited for
+            item.problem = "no file (a link to nothing, a pipe or the like)"
+            return
         try:
             item.digest = hashlib.sha256(item.path.read_bytes()).hexdigest()
         except OSError as error:
@@ -280,7 +298,7 @@ def _decode(item: Item) -> Image.Image | None:
     try:
         image = Image.open(io.BytesIO(item.path.read_bytes()))
         image.load()
-        return image
+        return eight_bits(image)
     except Exception as error:  # Pillow raises errors of many kinds for broken files
         item.problem = f"broken image: {first_line(error)}"
         return None
@@ -321,5 +339,6 @@ def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, 
         cut = info.get("truncated_prompts", 0)
         lines.append(f"  {name:<18} mean {column.mean():.4f}  sd {column.std():.4f}  ({cut} prompts truncated)")
     troubled = table[table["problem"] != ""]
-    lines += [f"  {row.file_name or '(no image)'}: {row.problem}" for row in troubled.itertuples()]
+    lines += [f"  {printable(row.file_name) or '(no image)'}: {printable(row.problem)}"
+              for row in troubled.itertuples()]
     return "\n".join(lines)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bench.data.depth import eight_bits
 from bench.digests import content_digest
 from bench.errors import BenchError, first_line
 from bench.hub import is_hub_id
@@ -72,9 +73,9 @@ def check_lengths(images: Images, prompts: Sequence[str]) -> None:
 
 
 def to_pil(image: Image.Image | np.ndarray) -> Image.Image:
-    """One image as PIL knows it, in the mode it came in."""
+    """One image as PIL knows it, in the mode it came in; 16-bit grey scaled to 8 bits."""
     if isinstance(image, Image.Image):
-        return image
+        return eight_bits(image)
     if image.dtype != np.uint8:
         raise BenchError(f"images must be uint8 [N, H, W, 3], got {image.dtype} values")
     return Image.fromarray(image)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import struct
+import zlib
 from pathlib import Path
 
 import fake_pickapic
@@ -16,6 +20,7 @@ from bench.data import Kept, load_pairs, load_prompts
 from bench.data.images import read_image
 from bench.errors import BenchError, UsageError
 from bench.shards import BrokenRows
+from metrics.base import to_rgb
 
 BROKEN = jpg((1, 2, 3))[:200]
 ROWS = [[row("a cat", 1.0, 0), row("a tie", 0.5, 1), row(" a dog ", 0.0, 2)],
@@ -251,6 +256,22 @@ def test_a_broken_image_in_a_folder_is_named(images, tmp_path):
     assert caught.value.problems[0].startswith("undecodable image: ")
 
 
+def test_links_to_nothing_pipes_and_captions_in_another_encoding_are_counted_by_name(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("good", "latin"):
+        Image.new("RGB", (64, 64)).save(folder / f"{name}.png")
+    for name in ("good", "link", "pipe"):
+        (folder / f"{name}.txt").write_text(name)
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    record = open_pairs(f"folder:{folder}", tmp_path, resolution=64).record()
+    assert record["pairs"] == 1 and record["rows"] == 4
+    assert record["left_out"] == {"no caption": 1, "no such image": 2}
+    assert set(record["examples"]) == {"latin.png: no caption", "link.png: no such image", "pipe.png: no such image"}
+
+
 def test_images_are_cut_from_the_middle_upright_and_rgb():
     import io
 
@@ -272,6 +293,35 @@ def test_images_are_cut_from_the_middle_upright_and_rgb():
 
 
 # --- prompt files ---
+
+def deep(mode: str) -> bytes:
+    """A horizontal gradient over all 65536 levels, as a PNG of 16 bits a channel."""
+    levels = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(64, 0)
+    buffer = io.BytesIO()
+    if mode == "grey":
+        Image.fromarray(levels).save(buffer, "png")
+        return buffer.getvalue()
+    raw = b"".join(b"\0" + np.repeat(row.astype(">u2"), 3).tobytes() for row in levels)  # Pillow writes no such file
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("mode", ["grey", "colour"])
+def test_16_bits_are_scaled_to_8_in_training_and_scoring(mode):
+    """Level v of 65535 is v / 257 of 255; cut instead, the gradient is white (mean 254.5)."""
+    content = deep(mode)
+    expected = np.linspace(0, 255, 64)
+    for image in (read_image(content, 64), np.asarray(to_rgb(Image.open(io.BytesIO(content))))):
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert abs(image - expected[None, :, None]).max() <= 1
+    wide = Image.fromarray(np.full((4, 4), 70000, np.int32))
+    with pytest.raises(ValueError, match="grey values from 70000 to 70000, expected 0 to 65535"):
+        to_rgb(wide)
+
 
 def test_published_prompt_files_load(tmp_path):
     (tmp_path / "PartiPrompts.tsv").write_text(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,31 @@ def test_what_is_broken_is_named_and_the_rest_scored(folder, tmp_path):
     assert all(problem.startswith(text) for (_, problem), text in zip(problems, told, strict=True))
     assert protocol["scored"] == 1 and table["brightness"].notna().sum() == 1
     assert "b.jpg: broken image" in score.summary(table, ["brightness"], protocol)
+
+
+def test_metadata_is_not_trusted(folder, tmp_path, capsys):
+    """Names that lead out of the folder, pipes, links to nothing, names no file can have, what draws on terminals."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to(tmp_path / "nowhere")
+    names = ["../secret.png", str(tmp_path / "secret.png"), "pipe.png", "link.png", "nul\0", "x" * 300 + ".png",
+             "\x1b]0;owned\x07.png"]
+    Image.new("RGB", (8, 8)).save(os.fsencode(folder) + b"/latin-\xe9.png")
+    prompts = write(tmp_path / "p.jsonl", [ROWS[0], *({"file_name": name, "prompt": "x"} for name in names)])
+    table, protocol = scored(folder, prompts)
+    problems = dict(zip(table["file_name"], table["problem"], strict=True))
+    kinds = ["outside the folder"] * 2 + ["no file (a link"] * 2 + ["no such image"] * 3
+    assert all(problems[name].startswith(kind) for name, kind in zip(names, kinds, strict=True))
+    assert problems["latin-\\udce9.png"] == "no prompt for this image" and protocol["scored"] == 1
+    told = score.summary(table, ["brightness"], protocol)
+    assert "\\x1b]0;owned\\x07.png: no such image" in told and "\x1b" not in told
+    score.write(table, protocol, tmp_path / "s.parquet")
+
+
+def test_prompts_in_another_encoding_are_one_line_with_the_file(folder, tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(BenchError, match=r"p.txt cannot be read: 'utf-8' codec"):
+        score.collect(folder, tmp_path / "p.txt")
 
 
 @pytest.mark.parametrize(("count", "problem"), [(3, "no prompt for this image"), (5, "no image for this prompt")])

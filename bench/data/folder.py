@@ -35,6 +35,7 @@ class Folder:
         if not found:
             raise BenchError(f"{spec}: expected {', '.join(IMAGE_SUFFIXES)} files, found none")
         captions = self._captions(found)
+        found = [name for name in found if (self.folder / name).is_file()]  # no link to nothing, no pipe
         usable = {name: caption for name, caption in captions.items() if caption and name in set(found)}
         lost = [f"{name}: no such image" for name in captions if name not in set(found)]
         lost += [f"{name}: no caption" for name in found if not captions.get(name)]
@@ -55,8 +56,7 @@ class Folder:
             rows = read_table(table)
             return dict(zip(read_column(table, rows, ("file_name",)), read_column(table, rows), strict=True))
         texts = {name: (self.folder / name).with_suffix(".txt") for name in found}
-        return {name: " ".join(text.read_text(encoding="utf-8").split()) for name, text in texts.items()
-                if text.is_file()}
+        return {name: _caption(text) for name, text in texts.items() if text.is_file()}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,7 +65,7 @@ class Folder:
     def fingerprint(self) -> str:
         """A hash of captions and image files."""
         files = [hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in self.names]
-        return fingerprint(["folder", files, self.prompts, self.resolution, READING])
+        return fingerprint(["folder", files, self.prompts, self.resolution, READING, "16 bits scaled"])
 
     def name(self, row: int) -> str:
         return self.names[row]
@@ -81,3 +81,11 @@ class Folder:
 
     def losers(self, rows: Sequence[int]) -> np.ndarray:
         raise BenchError(f"folder:{self.folder} has one image a prompt, so there are no losers")
+
+
+def _caption(path: Path) -> str:
+    """The text in a file, in one line; "" where it is no UTF-8."""
+    try:
+        return " ".join(path.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError:
+        return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from bench.data.depth import eight_bits
 from bench.errors import first_line
 from bench.shards import BrokenRows
 
@@ -37,7 +38,7 @@ def read_image(content: bytes, resolution: int) -> np.ndarray:
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except Exception as error:  # Pillow raises errors of many kinds for broken files
         raise ValueError("undecodable image: " + first_line(error).split(" <_io")[0]) from error
     return np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BILINEAR))
