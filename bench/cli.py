@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from bench import __version__, cost_commands, processes, search_commands, store_commands
+from bench import __version__, cost_commands, failures, processes, search_commands, store_commands
 from bench.errors import BenchError, UsageError, did_you_mean, printable
 
 if TYPE_CHECKING:
@@ -127,7 +127,12 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
     from bench.shared import Shared
 
     methods = [plan["method"] if isinstance(plan, dict) else plan.method for plan in plans]
-    shared = Shared(suite, methods)
+    try:
+        shared = Shared(suite, methods)
+    except KeyboardInterrupt as error:
+        again = f"bench run --resume {plans[0].id}" if not isinstance(plans[0], dict) else "the same command"
+        raise Interrupted(f"{failures.stopped(error)} before a run was started; what was encoded is kept, to go on: "
+                          f"{again}") from None
     finished = []
     for position, plan in enumerate(plans):
         current = shared.processes.once(partial(runs.create, **plan)) if isinstance(plan, dict) else plan
@@ -371,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if os.environ.get("BENCH_DEBUG"):
         cli.main(arguments, prog_name="bench")
     try:
-        sys.exit(cli.main(arguments, prog_name="bench", standalone_mode=False) or 0)
+        with failures.stopping_in_order():
+            sys.exit(cli.main(arguments, prog_name="bench", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
@@ -380,14 +386,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error.format_message().rstrip(".") + hint, error.exit_code)
     except BenchError as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted", 130)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _fail(failures.stopped(error), 130)
     except BrokenPipeError:
         # The reader has gone, as in `bench table | head`; nothing more may be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        _fail(f"{type(error).__name__}: {error} (BENCH_DEBUG=1 shows where)", 1)
+        _fail(failures.explained(error) or f"{type(error).__name__}: {error} (BENCH_DEBUG=1 shows where)", 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from bench import adapters, cost, evaluate, models, pieces, processes, registry,
 from bench.batches import sample_order
 from bench.checkpoint import Checkpoints
 from bench.errors import BenchError, UsageError
+from bench.failures import stopped
 from bench.integrity import read_array
 from bench.meter import write_spent
 from bench.protocol import write_cost, write_protocol
@@ -46,7 +46,6 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
     One launch at a time works on a run; while another does, `wait` for it or leave with BenchError.
     """
     stages = Experiment(run, shared).stages
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch systems and launchers send
     try:
         if shared.processes.main:
             with runs.held(run, wait), verify.sealed(run.folder):
@@ -56,15 +55,13 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
                 tracking.record(run.folder, run.config(), stages, mongo, sql)
         else:
             stages(lambda name, value, step: None)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; to go on: bench run --resume {run.id}") from None
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"{stopped(error)}; to go on: bench run --resume {run.id}") from None
     except RuntimeError as error:
         if not processes.lost(error):
             raise
         raise BenchError(f"another process of this run has died or cannot be reached; to go on: "
                          f"bench run --resume {run.id}") from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def build_method(name: str, settings: Iteration) -> Method:

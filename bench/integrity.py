@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +105,15 @@ def expecting(path: Path) -> Iterator[None]:
     except Exception as error:  # the libraries that read a format raise errors of many kinds
         raise BenchError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): remove {path.parent}, and "
                          "what was in it is made again") from error
+
+
+def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.memmap:
+    """An array in a new .npy file, to be filled; its room is taken at once, since a disk that is full later would end
+    the process without a word (SIGBUS)."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
+    with open(path, "r+b") as file, suppress(AttributeError):  # macOS has no posix_fallocate
+        os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    return array
 
 
 def read_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:

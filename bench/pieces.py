@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.integrity import read_array
+from bench.integrity import new_array, read_array
 from bench.meter import metered, write_spent
 from bench.processes import Processes
 from bench.progress import track
@@ -76,7 +76,7 @@ def join_arrays(folder: Path, file: str, shape: Sequence[int], places: Sequence[
     They go to a file of this process's own first: opened where another one has published it, it would be emptied.
     """
     unfinished = temporary(folder / file)
-    joined = np.lib.format.open_memmap(unfinished, "w+", np.float32, tuple(shape))
+    joined = new_array(unfinished, np.float32, shape)
     for number, rows in enumerate(places):
         joined[rows] = read_array(path(folder, number, ".npy"))
     joined.flush()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from bench.errors import BenchError
-from bench.integrity import expecting, read_array
+from bench.integrity import expecting, new_array, read_array
 from bench.progress import track
 from bench.stages import Stage, atomic_write, fingerprint
 
@@ -117,7 +117,7 @@ class Store:
 
     def _fill(self, span: range, fetch: Callable, make: Callable, batch_size: int, bar: Any, folder: Path) -> None:
         """One shard: rows.npy, and broken.json with the reasons of the rows that could not be fetched."""
-        out = np.lib.format.open_memmap(folder / "rows.npy", "w+", self.dtype, (len(span), *self.shape))
+        out = new_array(folder / "rows.npy", self.dtype, (len(span), *self.shape))
         broken: dict[int, str] = {}
         batches = [span[start:start + batch_size] for start in range(0, len(span), batch_size)]
         for batch, (whole, fetched, problems) in zip(batches, ahead(lambda rows: _whole(fetch, rows), batches),
