@@ -20,7 +20,7 @@ from bench.errors import BenchError, UsageError
 from bench.failures import stopped
 from bench.integrity import read_array
 from bench.meter import write_spent
-from bench.protocol import write_cost, write_protocol
+from bench.protocol import write_cost, write_protocol, write_warnings
 from bench.runs import BASE, Result, Run
 from bench.sample import Key, Sampler, latent_shape
 from bench.seeding import derive
@@ -314,7 +314,7 @@ class Experiment:
         self.warnings.append(text)
         if self.processes.main:
             click.echo(f"warning: {text}", err=True)
-            write_protocol(self.run, self.shared, self.warnings)
+            write_warnings(self.run, self.warnings)
 
 
 def save_result(policy: UNet2DConditionModel, folder: Path) -> None:

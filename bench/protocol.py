@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from bench import cards
+from bench import cards, integrity
 from bench.errors import BenchError
-from bench.integrity import expecting
+from bench.integrity import Damage, expecting
 from bench.meter import mfu
 from bench.random_weights import REMARK, is_random
 from bench.runs import Run
@@ -22,11 +22,13 @@ from bench.shared import Shared
 from bench.stages import atomic_write
 from bench.versions import versions
 
+CODE = ("bench", "methods", "metrics", "reports")  # the folders whose files, new ones too, may change a number
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
 
 
 def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> None:
-    """Write protocol.json; a resumed run keeps its creation time and must find the same weights.
+    """Write protocol.json. A resumed run must find the same weights, and keeps what was said of the process that
+    started it; each that works on a run is added to `processes`, with its code, versions, threads and device.
 
     `warnings` are one line each, for whoever reads the run's numbers.
     """
@@ -35,13 +37,11 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
              "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
     if is_random(run.suite.model.weights):
         model["remark"] = REMARK
-    created = datetime.now().isoformat(timespec="seconds")
-    if path.exists():
-        before = json.loads(path.read_text())
-        created = before["created"]
-        if before["model"] != model:
-            raise BenchError(f"cannot resume {run.id}: the weights '{run.suite.model.weights}' are not those "
-                             "it was started with; start a new run")
+    process = this_process(shared)
+    before = _written(path)
+    if before and before["model"] != model:
+        raise BenchError(f"cannot resume {run.id}: the weights '{run.suite.model.weights}' are not those it was "
+                         "started with; start a new run")
     record = {
         "run": run.id,
         "suite": run.suite.model_dump(),
@@ -56,12 +56,38 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "judge": shared.judge_info(),
         "prompt_sets": {name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
                         for name, prompts in shared.prompt_sets.items()},
-        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-        "git_commit": git_commit(),
-        "created": created,
         "warnings": list(warnings),
+        **{name: before.get(name, process[name]) for name in ("versions", "git_commit", "created")},
+        "processes": [*before.get("processes", []), process],
     }
     atomic_write(path, json.dumps(record, indent=1))
+
+
+def write_warnings(run: Run, warnings: Sequence[str]) -> None:
+    """Put warnings that came later into protocol.json."""
+    path = run.folder / "protocol.json"
+    atomic_write(path, json.dumps({**json.loads(path.read_text()), "warnings": list(warnings)}, indent=1))
+
+
+def this_process(shared: Shared) -> dict[str, Any]:
+    """What may decide the last bits of a number: the code, the libraries, the threads, the device."""
+    return {"created": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+            "device": device_name(shared.device), "threads": torch.get_num_threads(),
+            "processes": shared.processes.count}
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """The protocol that is there; a broken one is named and set aside, and its processes are lost."""
+    try:
+        found = json.loads(path.read_text())
+        return found if found["model"] and found["created"] else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        integrity.say([Damage(path, "is no protocol that can be read")],
+                      f"set aside as {integrity.set_aside(path)}, and begun anew")
+        return {}
 
 
 def write_cost(run: Run, stages: Iterable[Path], shared: Shared, checkpoints: Iterable[Path] = ()) -> None:
@@ -113,7 +139,8 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit this code is a checkout of, "+changes" when files differ; None outside a checkout."""
+    """The commit this code is a checkout of, "+changes" when its files differ or there are others beside them; None
+    outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -123,6 +150,6 @@ def git_commit() -> str | None:
                               check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *CODE) else "")
     except (OSError, subprocess.CalledProcessError):
         return None

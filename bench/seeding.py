@@ -14,7 +14,8 @@ SPAN = 2**32  # PyTorch's CPU generator reads no more of a seed
 def derive(*parts: int | str) -> int:
     """Return a seed in 0..SPAN-1 that depends on every part and on nothing else."""
     named = (f"int:{int(part)}" if isinstance(part, Integral) else f"str:{part}" for part in parts)
-    return int.from_bytes(hashlib.sha256("\x1f".join(named).encode()).digest()[:4], "big")
+    joined = "\x1f".join(named).encode("utf-8", "surrogatepass")  # any text Python can hold, file names for instance
+    return int.from_bytes(hashlib.sha256(joined).digest()[:4], "big")
 
 
 def normal(seeds: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 # Runs in this process are compared, to the last bit, with runs under torchrun, which sets this for its processes.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# In CI the search for counterexamples is the same every time, so that a failure is the change's; elsewhere it is new
+# every time, and longer.
+settings.register_profile("ci", derandomize=True)
+settings.register_profile("search", max_examples=300, deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "search")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
