@@ -16,6 +16,7 @@ from bench import verify
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
 from bench.runs import Result
 from bench.suites import Suite
+from reports import foreign
 
 BASE = stored.BASE.method
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
@@ -115,7 +116,7 @@ def load_runs(paths: Sequence[Path] | None = None, root: Path = Path("results/ru
     read = []
     for folder in _folders(paths, Path(root)):
         try:
-            read.append(_read(folder, problems))
+            read.append(foreign.checked(_read(folder, problems)))
         except Exception as error:  # whatever lies in one folder, the others are reported
             problems.append(f"{folder.name}: left out, {_reason(error)}")
     if not read:
