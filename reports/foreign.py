@@ -75,6 +75,8 @@ def checked(run: dict[str, Any]) -> dict[str, Any]:
             problem = error.errors(include_url=False)[0]
             place = ".".join(map(str, problem["loc"]))
             raise ValueError(f"{name}.json: {place}: {problem['msg']}, got {str(problem['input'])[:40]!r}") from error
+    if not (run["protocol"].get("method_title") or "").isprintable():
+        raise ValueError(f"protocol.json: method_title {run['protocol']['method_title']!r} cannot be printed")
     _expect_texts(run["scores"], "scores.parquet", TEXTS)
     history = run["history"]
     if len(history):
@@ -87,5 +89,6 @@ def checked(run: dict[str, Any]) -> dict[str, Any]:
 
 def _expect_texts(table: pd.DataFrame, file: str, names: tuple[str, ...]) -> None:
     for name in names:
-        if name not in table or not table[name].map(lambda value: isinstance(value, str)).all():
-            raise ValueError(f"{file}: {name} is not text everywhere")
+        values = table[name].unique() if name in table else [None]
+        if not all(isinstance(value, str) and value.isprintable() for value in values):
+            raise ValueError(f"{file}: {name} is not text that can be printed everywhere")

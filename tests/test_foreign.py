@@ -53,7 +53,8 @@ CHANGES = [
     *(case for keys in (["stages"], ["stages", 0], ["stages", 0, "name"], ["stages", 0, "seconds"], ["device"])
       for case in edited("cost.json", *keys)),
     *(column("scores.parquet", name, value) for name in ("method", "iteration", "prompt_set", "prompt_id", "metric",
-                                                         "guidance", "seed", "value") for value in (None, 7, "x")),
+                                                         "guidance", "seed", "value")
+      for value in (None, 7, "x", "\x1b]0;x\x07")),
     *(column("history.parquet", name, value) for name in ("method", "iteration", "step", "loss") for value in (7, "x")),
     *(written(name, content) for name in ("protocol.json", "cost.json", "scores.parquet", "history.parquet",
                                           "images/test/prompts.json", "seal.json")
@@ -78,6 +79,8 @@ def test_whatever_one_folder_holds_the_others_are_reported(tmp_path):
         if good.name not in runs.folders and "bad" not in runs.folders:
             unnamed.append(name)
         if "bad" not in runs.folders and not any(line.startswith("bad: ") for line in runs.problems):
+            unnamed.append(name)
+        if any("\x1b" in text for text in [*map(str, runs.scores["model"].unique()), *runs.problems]):
             unnamed.append(name)
     assert unnamed == []
 
