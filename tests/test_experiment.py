@@ -442,7 +442,7 @@ def test_images_that_show_nothing_are_counted_in_terminal_protocol_and_tables(el
 
 
 def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, monkeypatch):
-    """Their files have no step."""
+    """Their files have no step, and their markers name no files."""
     shared = Shared(load_suite("tiny.yaml"))
     run = runs.create("sft", shared.suite, 0, 1)
     Experiment(run, shared).stages(lambda *scalar: None)
@@ -450,6 +450,9 @@ def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, m
     for path in [*run.folder.glob("stages/scores*/scores.parquet"), *runs.CACHE.glob("scores-*/scores.parquet")]:
         pd.read_parquet(path).drop(columns="step").to_parquet(path)
         (path.parent / "blank.json").unlink()
+        marker = path.parent / "stage.json"
+        marker.write_text(json.dumps({name: value for name, value in json.loads(marker.read_text()).items()
+                                      if name != "files"}))
     monkeypatch.setattr(Scorers, "score", None)
     Experiment(run, shared).stages(lambda *scalar: None)
     pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), before)
