@@ -19,6 +19,7 @@ from bench.cache import Embeddings
 from bench.errors import BenchError
 from bench.seeding import SPAN, derive, normal
 from bench.shards import Rows
+from methods.base import Facts
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,13 @@ def _assemble(latents: Tensor, context: Tensor, draws: Draws, alpha_bar: Tensor)
     scale = alpha_bar[timesteps].view(-1, 1, 1, 1)
     noisy = scale.sqrt() * latents + (1 - scale).sqrt() * noise
     return Batch(noisy, noise, timesteps, scale, _move(context, device).repeat(sides, 1, 1))
+
+
+def facts(timesteps: Tensor, alpha_bar: Tensor) -> Facts:
+    """What a loss is told of samples at `timesteps` (int64 `[b]`) of the process of `alpha_bar` (fp32 `[T]`)."""
+    now = alpha_bar[timesteps]
+    before = torch.where(timesteps > 0, alpha_bar[timesteps - 1], 1.0)
+    return Facts(timesteps, now.logit(), now, before)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

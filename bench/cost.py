@@ -69,14 +69,17 @@ def vae_flops(vae: AutoencoderKL, latent_shape: tuple[int, int, int]) -> tuple[i
     return flops(lambda: twin.encode(image)), flops(lambda: twin.decode(latent))
 
 
-def training_flops(forward: int, samples: int, *, paired: bool, reference: bool, adapter: bool = False) -> int:
+def training_flops(forward: int, samples: int, *, paired: bool, reference: bool, adapter: bool = False,
+                   statistic: bool = False) -> int:
     """Training all weights, or an adapter, on `samples` pairs, or single images when not `paired`.
 
     The policy runs forward and backward, the reference forward only. A pair with a reference is
-    8 forward passes, an SFT image 3: a ratio of 2.67. With an adapter it is 6 and 2.
+    8 forward passes, an SFT image 3: a ratio of 2.67. With an adapter it is 6 and 2. A method with a
+    `statistic` of the batch runs both forward once more.
     """
+    expected = 1 if reference else 0
     policy = 1 + (ADAPTER if adapter else BACKWARD)
-    return forward * samples * (2 if paired else 1) * (policy + (1 if reference else 0))
+    return forward * samples * (2 if paired else 1) * (policy + expected + (1 + expected if statistic else 0))
 
 
 def sampling_flops(forward: int, decode: int, images: int, *, steps: int, guidance: float) -> int:

@@ -193,13 +193,17 @@ class Planner:
               checkpoints: int = 0) -> StagePlan:
         """Policy forward and backward, reference forward; the result and each checkpoint is the UNet in fp32.
 
+        A method with a statistic of the batch runs both forward once more.
+
         A policy whose adapter is on the reference's weights is the reference too, with the adapter off.
         """
         settings = self.suite.training(method)
         own = settings.lora_rank and (number == 1 or self.suite.method(method).pairing is Pairing.SELF_PLAY)
         samples, images = steps * settings.batch_size, 2 if paired else 1
         policy = self.forward_and_backward(settings.gradient_checkpointing, settings.lora_rank)
-        flops = samples * images * (policy + (self.forward if reference else 0))
+        expected = self.forward if reference else 0
+        again = self.forward + expected if self.suite.method(method).has_statistic() else 0
+        flops = samples * images * (policy + expected + again)
         micro = min(settings.micro_batch, settings.batch_size)
         peak = self.training_peak(
             micro * images, dtype=settings.precision, reference=reference and not own,

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, UsageError, did_you_mean
+from methods.signals import TAKEN
 
 if TYPE_CHECKING:
     from methods.base import Method
@@ -33,6 +34,10 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "clip_l14": "metrics.clip:CLIPScoreL14",
     },
 }
+
+
+CONTRACT = ("name", "title", "pairing", "needs_reference", "needs_products", "signals", "start", "loss",
+            "has_statistic", "next_reference")
 
 
 def targets(kind: str) -> dict[str, str]:
@@ -67,8 +72,16 @@ def _load(kind: str, name: str) -> Any:
 
 
 def method(name: str) -> type[Method]:
-    """The method class behind a name."""
-    return _load("methods", name)
+    """The method class behind a name; BenchError where it lacks what methods/base.py asks of every class."""
+    found = _load("methods", name)
+    lacks = [part for part in CONTRACT if not hasattr(found, part)]
+    if lacks:
+        raise BenchError(f"method {name!r}: {found.__module__}.{found.__qualname__} has no {', '.join(lacks)}; "
+                         "methods/base.py says what every method has")
+    taken = [signal.name for signal in found.signals if signal.name in TAKEN]
+    if taken:
+        raise BenchError(f"method {name!r}: a signal cannot be called {', '.join(taken)}: every training logs that")
+    return found
 
 
 def metric(name: str) -> type[Metric]:

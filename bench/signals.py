@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
@@ -11,17 +12,18 @@ from torch import Tensor
 
 from bench import cards
 from bench.errors import BenchError
+from methods.base import Method
+from methods.signals import EVERY_TRAINING, GRAD_NORM, LOSS, WINNER_ERROR, Signal
 
 Row = dict[str, float]
 
-BUCKETS = 4  # equal ranges of timesteps in which the error drift is also shown
-SPREAD = ("logit",)  # signals whose standard deviation is logged too
-PER_STEP = ("grad_norm",)  # one value a step and process; all other signals have one a sample
+BUCKETS = 4  # equal ranges of timesteps, for the signals that are shown in them
+PER_STEP = (GRAD_NORM.name,)  # one value a step and process; all other signals have one a sample
 UNKNOWN = float("nan")  # null in history.parquet
 
 PATIENCE = 3  # rows in a row that must show the same collapse
 SATURATED = 1e-4  # loss; the gradient of -log sigmoid is scaled by 1 - exp(-loss), so by as little
-DIVERGED = 10 * math.log(2)  # loss; what a policy equal to its reference has is log 2
+DIVERGED = 10  # times the loss of a policy equal to its reference
 NOISE = 2.0  # winner error of an answer that is unrelated noise: the variances of both add up
 
 
@@ -30,9 +32,9 @@ class Signals:
 
     A row has the mean over the interval of the loss and of every signal of the method, and
 
-    - `logit_std`, over the pairs of the interval;
-    - for each signal named `*_drift`, the same in ranges of timesteps, `winner_drift_t0_249` and so on; null
-      where no sample of the interval fell into the range;
+    - of one with `spread` its standard deviation over the samples of the interval, `logit_std`;
+    - of one `by_timestep` the same in ranges of timesteps, `winner_drift_t0_249` and so on; null where no sample of
+      the interval fell into the range;
     - `winner_error`, the policy's, which is 1 for a model that answers 0;
     - `pairs_per_s` (samples of the method: pairs, or single images), `images_per_s`, both over all processes;
     - `mfu`: operations of the model, 8 or 3 forward passes a sample and whatever gradient checkpointing adds not
@@ -42,7 +44,8 @@ class Signals:
     """
 
     def __init__(self, accelerator: Accelerator, timesteps: int, batch_size: int, paired: bool,
-                 flops_per_sample: float | None = None):
+                 declared: Sequence[Signal], flops_per_sample: float | None = None):
+        self.declared = {signal.name: signal for signal in (*EVERY_TRAINING, *declared)}
         self.accelerator, self.timesteps, self.batch_size = accelerator, timesteps, batch_size
         self.images = 2 if paired else 1
         self.flops_per_sample, self.peak = flops_per_sample, peak_rate(accelerator)
@@ -52,12 +55,14 @@ class Signals:
         self.steps, self.started = 0, time.perf_counter()
 
     def add(self, name: str, values: Tensor, timesteps: Tensor | None = None) -> None:
-        """Add the values of a signal `[B]`, or a single one; `timesteps` `[B]` where it belongs to samples."""
+        """Add the values of a declared signal `[B]`, or a single one; `timesteps` `[B]` where it belongs to samples."""
+        signal = self.declared[name]
         values = values.detach().to(self.exact)
         total = values.sum().reshape(1)
-        if name in SPREAD:
+        if signal.spread:
             total = torch.cat([total, values.square().sum().reshape(1)])
-        if _by_timestep(name):
+        if signal.by_timestep:
+            assert timesteps is not None
             # a product with an indicator, because adding by index is not deterministic on a GPU
             inside = (timesteps[:, None] * BUCKETS // self.timesteps == self.buckets).to(self.exact)
             total = torch.cat([total, values @ inside, inside.sum(0)])
@@ -84,12 +89,12 @@ class Signals:
         return row
 
     def _columns(self, name: str, total: list[float], count: int) -> Row:
-        columns = {name: total[0] / count}
-        if name in SPREAD:
+        columns, signal = {name: total[0] / count}, self.declared[name]
+        if signal.spread:
             variance = total[1] / count - columns[name]**2
             columns[f"{name}_std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else UNKNOWN
-        if _by_timestep(name):
-            ranges = zip(bounds(self.timesteps), total[1:1 + BUCKETS], total[1 + BUCKETS:], strict=True)
+        if signal.by_timestep:
+            ranges = zip(bounds(self.timesteps), total[-2 * BUCKETS:-BUCKETS], total[-BUCKETS:], strict=True)
             columns |= {f"{name}_t{low}_{high}": drift / seen if seen else UNKNOWN
                         for (low, high), drift, seen in ranges}
         return columns
@@ -110,10 +115,6 @@ class Signals:
         self.sums = {name: share * torch.tensor(total, dtype=self.exact, device=device)
                      for name, total in state["totals"].items()}
         self.steps, self.started = state["steps"], time.perf_counter() - state["seconds"]
-
-
-def _by_timestep(name: str) -> bool:
-    return name.endswith("_drift")
 
 
 def bounds(timesteps: int) -> list[tuple[int, int]]:
@@ -144,10 +145,11 @@ class Watch:
 
     At once: a loss or gradient norm that is not finite. After PATIENCE rows in a row of the same collapse:
 
-    - saturated: every single pair of the interval is told apart and the mean loss is below SATURATED. The
-      gradient of a pair is scaled by 1 - exp(-loss), so what is left of it is a ten-thousandth: weight decay and
-      Adam's normalisation of vanishing gradients are all that still moves the weights.
-    - diverged: the mean loss of a preference method is above DIVERGED, ten times what a policy that is still its
+    - saturated: the mean loss of a method that says where it starts is below SATURATED, and each of its signals with
+      a ceiling is there: every single pair of the interval is told apart. The gradient of a pair is scaled by
+      1 - exp(-loss), so what is left of it is a ten-thousandth: weight decay and Adam's normalisation of vanishing
+      gradients are all that still moves the weights.
+    - diverged: the mean loss of such a method is above DIVERGED times its start, which a policy that is still its
       reference has: the average pair is then ranked wrong by a margin of ten or so, not just a few outliers.
     - noise: the winners' error is above NOISE, that of an answer which has nothing to do with its input, and
       above what it was in the first row (random weights may begin there, and then come down).
@@ -155,10 +157,11 @@ class Watch:
     The limits are wide on purpose: a healthy training, or one that merely learns nothing, is never stopped.
     """
 
-    def __init__(self, method: str, collapse: bool = True, scaled: bool = False):
-        self.method, self.collapse = method, collapse
+    def __init__(self, method: Method | type[Method], collapse: bool = True, scaled: bool = False):
+        self.method, self.start, self.collapse = method.name, method.start, collapse
+        self.ceilings = {signal.name: signal.ceiling for signal in method.signals if signal.ceiling is not None}
         # under fp16 the loss scaler skips steps whose gradient overflowed, so there only the loss counts
-        self.finite = ("loss",) if scaled else ("loss", "grad_norm")
+        self.finite = (LOSS.name,) if scaled else (LOSS.name, GRAD_NORM.name)
         self.first: Row | None = None
         self.kind, self.rows = "", 0
 
@@ -183,11 +186,14 @@ class Watch:
                              "same with train.stop_on_collapse=false")
 
     def _collapsed(self, row: Row) -> str:
-        accuracy = row.get("implicit_accuracy")
-        if accuracy == 1 and row["loss"] < SATURATED:
-            return f"every pair is told apart and the loss is below {SATURATED:g}, so nothing more is learned"
-        if accuracy is not None and row["loss"] > DIVERGED:
-            return f"the loss is above {DIVERGED:.1f}, ten times that of an untrained policy"
-        if NOISE < row["winner_error"] > self.first["winner_error"]:
+        loss, error = row[LOSS.name], WINNER_ERROR.name
+        if self.start is not None:
+            won = all(row.get(name) == ceiling for name, ceiling in self.ceilings.items())
+            if won and loss < SATURATED:
+                told = "".join(f"{name} is {ceiling:g} and " for name, ceiling in self.ceilings.items())
+                return f"{told}the loss is below {SATURATED:g}, so nothing more is learned"
+            if loss > DIVERGED * self.start:
+                return f"the loss is above {DIVERGED * self.start:.1f}, {DIVERGED} times that of an untrained policy"
+        if self.first is not None and NOISE < row[error] > self.first[error]:
             return f"the winners' error is above {NOISE:g}, so the model answers with noise"
         return ""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from bench import adapters
-from bench.batches import Batch, TrainData, micro_batches, sample_order
+from bench.batches import Batch, TrainData, facts, micro_batches, sample_order
 from bench.checkpoint import Checkpoints, load_state, save_state
 from bench.compiled import expect_same_gradients
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, did_you_mean
 from bench.models import load_unet, save_unet
 from bench.progress import track
 from bench.recipe import TrainSettings, make_optimizer
 from bench.signals import Broken, Row, Signals, Watch
-from methods.base import Errors, Method, Pairing
+from methods.base import Errors, Facts, Method, Pairing, Products
+from methods.signals import LOSS, WINNER_ERROR
 
 __all__ = ["TrainData", "TrainSettings", "train"]
 
@@ -57,11 +58,33 @@ def predicted_noise(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction
     raise BenchError(f"prediction type {prediction_type!r} cannot be trained; known: epsilon, v_prediction")
 
 
-def denoising_errors(denoiser: nn.Module, batch: Batch, paired: bool) -> Errors:
-    """Mean over C, H, W of (noise - predicted noise)^2, fp32, split into winners and losers."""
-    prediction = denoiser(batch.noisy, batch.timesteps, batch.alpha_bar, batch.context)
-    error = (batch.noise - prediction).square().mean(dim=(1, 2, 3))
+def differences(denoiser: nn.Module, batch: Batch) -> Tensor:
+    """noise - predicted noise, fp32 [R, C, h, w]."""
+    return batch.noise - denoiser(batch.noisy, batch.timesteps, batch.alpha_bar, batch.context)
+
+
+def denoising_errors(difference: Tensor, paired: bool) -> Errors:
+    """Mean over C, H, W of the squared difference, split into winners and losers."""
+    error = difference.square().mean(dim=(1, 2, 3))
     return Errors(*error.chunk(2)) if paired else Errors(error)
+
+
+def inner_products(policy: Tensor, reference: Tensor | None, paired: bool) -> Products:
+    """Of differences [R, C, h, w]: the policy's on the winner with its own on the loser, and with the reference's."""
+    winner, loser = policy.chunk(2) if paired else (policy, None)
+
+    def product(other: Tensor) -> Tensor:
+        return (winner * other[:len(winner)]).mean(dim=(1, 2, 3))
+
+    return Products(None if loser is None else product(loser), None if reference is None else product(reference))
+
+
+class Pass(NamedTuple):
+    """What policy and reference made of a micro-batch, and what is known of its samples."""
+
+    policy: Errors
+    reference: Errors | None
+    facts: Facts
 
 
 def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
@@ -132,8 +155,9 @@ class Loop:
         self.denoiser, self.optimizer = accelerator.prepare(
             Denoiser(unet, prediction_type), make_optimizer(trained, settings, device))
         self.ema = None if settings.ema is None else moving_average(trained, settings.ema)
-        self.signals = Signals(accelerator, len(self.alpha_bar), settings.batch_size, self.paired, flops_per_sample)
-        self.watch = Watch(method.name, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
+        self.signals = Signals(accelerator, len(self.alpha_bar), settings.batch_size, self.paired, method.signals,
+                               flops_per_sample)
+        self.watch = Watch(method, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
         self.history: list[Row] = []
         self.started, self.earlier = time.perf_counter(), 0.0
         if settings.compile:
@@ -149,7 +173,7 @@ class Loop:
         batch = next(self._batches(0))
 
         def errors(denoiser: nn.Module) -> Tensor:
-            return torch.cat([side for side in denoising_errors(denoiser, batch, self.paired) if side is not None])
+            return differences(denoiser, batch).square().mean(dim=(1, 2, 3))
 
         with self.accelerator.no_sync(self.denoiser), self.accelerator.autocast():
             expect_same_gradients(lambda: errors(self.denoiser), lambda: errors(plain), self.trained,
@@ -159,11 +183,12 @@ class Loop:
         """One optimizer step; `step` counts from 0 in this iteration. Never waits for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate(step)
+        mean = self._batch_mean(step) if self.method.has_statistic() else None
         last = math.ceil(len(self._own_samples(step)) / self.settings.micro_batch) - 1
         for number, batch in enumerate(self._batches(step)):
             # gradients of several processes are exchanged once a step, with the last micro-batch
             with nullcontext() if number == last else self.accelerator.no_sync(self.denoiser):
-                self._accumulate(batch)
+                self._accumulate(batch, mean)
         norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
         self.signals.add("grad_norm", norm)
         self.optimizer.step()
@@ -186,25 +211,54 @@ class Loop:
         batch = sample_order(self.seed, (self.settings.first_step + step) * size, size, len(self.data))
         return batch[size * index // processes:size * (index + 1) // processes]
 
-    def _accumulate(self, batch: Batch) -> None:
-        """Add a micro-batch's share of the gradient of the mean loss over the global batch.
+    def _pass(self, batch: Batch) -> Pass:
+        """Run reference and policy on a micro-batch.
 
         The reference runs first, on the same rows in the same order as the policy: equal weights then go
         through equal kernels and give equal bits, and the first loss of DPO and SPIN is exactly log 2. (Compiled,
         the two are different graphs, and equal only up to rounding.)
         """
-        reference = None
+        expected = None
         if self.reference is not None:
             with torch.no_grad(), self.accelerator.autocast(), self._adapter_off():
-                reference = denoising_errors(self.reference, batch, self.paired)
-        policy = denoising_errors(self.denoiser, batch, self.paired)
-        loss, signals = self.method.loss(policy, reference)
+                expected = differences(self.reference, batch)
+        found = differences(self.denoiser, batch)
+        samples = len(found) // (2 if self.paired else 1)
+        told = facts(batch.timesteps[:samples], self.alpha_bar)
+        if self.method.needs_products:
+            told = told._replace(products=inner_products(found, expected, self.paired))
+        reference = None if expected is None else denoising_errors(expected, self.paired)
+        return Pass(denoising_errors(found, self.paired), reference, told)
+
+    def _batch_mean(self, step: int) -> Tensor:
+        """The mean of the method's statistic over the global batch, fp32 []; it costs a pass over all of it."""
+        with torch.no_grad():
+            sums = [self._expect_rows("statistic", self.method.statistic(*found), found).to(self.signals.exact).sum()
+                    for found in map(self._pass, self._batches(step))]
+        total = self.accelerator.reduce(torch.stack(sums).sum(), "sum")
+        return (total / self.settings.batch_size).float()
+
+    def _accumulate(self, batch: Batch, batch_mean: Tensor | None) -> None:
+        """Add a micro-batch's share of the gradient of the mean loss over the global batch."""
+        found = self._pass(batch)
+        told = found.facts._replace(batch_mean=batch_mean)
+        loss, signals = self.method.loss(found.policy, found.reference, told)
+        self._expect_rows("loss", loss, found)
         # processes average their gradients, so the sum over all of them is divided by the batch size alone
         scale = self.accelerator.num_processes / self.settings.batch_size
         self.accelerator.backward(loss.sum() * scale)
-        timesteps = batch.timesteps[:len(loss)]
-        for name, signal in {"loss": loss, "winner_error": policy.winner, **signals}.items():
-            self.signals.add(name, signal, timesteps)
+        for name, signal in {LOSS.name: loss, WINNER_ERROR.name: found.policy.winner, **signals}.items():
+            if name not in self.signals.declared:
+                raise BenchError(f"{self.method.name}: its loss logs '{name}', which is not among its signals"
+                                 f"{did_you_mean(name, self.signals.declared)}")
+            self.signals.add(name, self._expect_rows(name, signal, found), told.timestep)
+
+    def _expect_rows(self, name: str, values: Tensor, found: Pass) -> Tensor:
+        """One value a sample: of a mean, the scale of the gradient would be silently wrong."""
+        if values.shape != found.policy.winner.shape:
+            raise BenchError(f"{self.method.name}: {name} has shape {list(values.shape)}, but one value a sample, "
+                             f"{list(found.policy.winner.shape)}, is asked for")
+        return values
 
     def _adapter_off(self) -> AbstractContextManager[None]:
         return adapters.switched_off(self.policy) if self.own_reference else nullcontext()

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.base import Errors, Method, Pairing, Weights
+from methods.base import Errors, Facts, Method, Pairing, Weights
+from methods.signals import WINNER_DRIFT
+from methods.weightings import WEIGHTINGS, Weighting
 
 
 class SFT(Method):
-    """Loss = the winner's denoising error (Ho et al. 2020, eq. 14, as a mean over the latent)."""
+    """Loss = the winner's denoising error (Ho et al. 2020, eq. 14, as a mean over the latent), times its weight."""
 
     name = "sft"
     title = "SFT"
     pairing = Pairing.WINNER
     needs_reference = False
+    signals = (WINNER_DRIFT,)
 
-    def loss(self, policy: Errors, reference: Errors | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def __init__(self, weighting: Weighting = "constant"):
+        """weighting: of timesteps, multiplies the loss (methods/weightings.py)."""
+        self.weighting = weighting
+
+    def loss(self, policy: Errors, reference: Errors | None, facts: Facts) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = WEIGHTINGS[self.weighting](facts) * policy.winner
         if reference is None:
-            return policy.winner, {}
-        return policy.winner, {"winner_drift": (policy.winner - reference.winner).detach()}
+            return loss, {}
+        return loss, {WINNER_DRIFT.name: (policy.winner - reference.winner).detach()}
 
     def next_reference(self, base: Weights, previous: Weights) -> None:
         return None

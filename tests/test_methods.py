@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from bench.batches import facts
 from methods.base import Errors, Pairing
-from methods.diffusion_dpo import DiffusionDPO, preference_loss
+from methods.diffusion_dpo import DiffusionDPO
+from methods.preference import preference_loss
 from methods.sft import SFT
 from methods.spin import SPIN
 
+FACTS = facts(torch.tensor([3]), torch.linspace(0.999, 0.01, 10))  # under a constant weight they decide nothing
 values = st.lists(st.floats(0, 2, width=32), min_size=4, max_size=4)
 
 
@@ -65,7 +68,7 @@ def test_loss_parity_on_fixed_random_tensors(method, beta):
     policy = reference + 1e-3 * torch.randn(2, 64, generator=generator)
     reference[:, 0], policy[:, 0] = torch.tensor([0.125, 0.25]), torch.tensor([0.124, 0.2505])
     policy.requires_grad_(True)
-    loss, signals = method(beta).loss(Errors(*policy), Errors(*reference))
+    loss, signals = method(beta).loss(Errors(*policy), Errors(*reference), FACTS)
     loss.sum().backward()
     assert loss.dtype == torch.float32
 
@@ -136,15 +139,16 @@ def test_conversion_to_the_other_conventions():
 
 def test_sft_is_the_winners_error_and_shows_drift_only_against_a_reference():
     policy = errors([0.2, 0.4])
-    loss, signals = SFT().loss(policy, None)
+    loss, signals = SFT().loss(policy, None, FACTS)
     assert torch.equal(loss, policy.winner) and signals == {}
-    _, signals = SFT().loss(policy, errors([0.1, 0.5]))
+    _, signals = SFT().loss(policy, errors([0.1, 0.5]), FACTS)
     torch.testing.assert_close(signals["winner_drift"], torch.tensor([0.1, -0.1]))
 
 
 def test_spin_and_dpo_share_the_loss_and_differ_in_data_and_reference():
     policy, reference = errors([0.2], [0.5]), errors([0.3], [0.4])
-    assert torch.equal(SPIN(7.0).loss(policy, reference)[0], DiffusionDPO(7.0).loss(policy, reference)[0])
+    losses = [method(7.0).loss(policy, reference, FACTS)[0] for method in (SPIN, DiffusionDPO)]
+    assert torch.equal(*losses) and not issubclass(SPIN, DiffusionDPO)
     assert [method.pairing for method in (SFT, DiffusionDPO, SPIN)] == [
         Pairing.WINNER, Pairing.HUMAN, Pairing.SELF_PLAY]
     assert [method.needs_reference for method in (SFT, DiffusionDPO, SPIN)] == [False, True, True]

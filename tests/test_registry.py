@@ -10,17 +10,22 @@ import pytest
 
 from bench import registry
 from bench.errors import BenchError, UsageError
+from methods.sft import SFT
+from methods.signals import Signal
 
 
 @pytest.fixture
 def third_party(monkeypatch):
     """Another package's entry points: a method, a broken one, and one that takes a built-in's name."""
     module = ModuleType("other_package")
-    module.Theirs = type("Theirs", (), {})
+    module.Theirs = type("Theirs", (SFT,), {"name": "theirs"})
+    module.Hollow = type("Hollow", (), {"name": "hollow", "__module__": "other_package"})
+    module.Loud = type("Loud", (SFT,), {"signals": (Signal("grad_norm", "", ""),)})
     monkeypatch.setitem(sys.modules, "other_package", module)
     theirs, missing = "other_package:Theirs", "no_such_package:Thing"
     points = EntryPoints(EntryPoint(name, value, "bench.methods") for name, value in
-                         (("theirs", theirs), ("broken", missing), ("sft", theirs)))
+                         (("theirs", theirs), ("broken", missing), ("sft", theirs), ("loud", "other_package:Loud"),
+                          ("hollow", "other_package:Hollow")))
     monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
     return module
 
@@ -41,7 +46,7 @@ def test_unknown_names_list_what_there_is_and_the_nearest():
 
 def test_another_package_adds_a_method(third_party):
     assert registry.method("theirs") is third_party.Theirs
-    assert registry.names("methods")[-1] == "theirs"
+    assert set(registry.names("methods")) - set(registry.BUILT_IN["methods"]) == {"theirs", "broken", "loud", "hollow"}
     assert registry.names("metrics") == list(registry.BUILT_IN["metrics"])
 
 
@@ -53,3 +58,12 @@ def test_a_broken_plug_in_is_named_when_it_is_used_and_not_before(third_party):
     assert "broken" in registry.names("methods")
     with pytest.raises(BenchError, match="method 'broken' cannot be loaded from no_such_package:Thing"):
         registry.method("broken")
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("hollow", "other_package.Hollow has no title, pairing, needs_reference"),
+    ("loud", "a signal cannot be called grad_norm: every training logs that"),
+])
+def test_a_plug_in_that_breaks_the_contract_is_named(third_party, name, said):
+    with pytest.raises(BenchError, match=f"method '{name}'.*{said}"):
+        registry.method(name)

@@ -18,25 +18,27 @@ from bench import signals
 from bench.errors import BenchError
 from bench.signals import PATIENCE, Broken, Signals, Watch
 from bench.train import Loop, train
-from methods.base import Errors
+from methods.base import Errors, Facts
 from methods.diffusion_dpo import DiffusionDPO
 from methods.sft import SFT
-from reports.signatures import BUCKET
+from methods.signals import LOGIT, LOSER_DRIFT, WINNER_DRIFT
+from methods.spin import SPIN
+from reports.signals import ranges
 
 HEALTHY = {"step": 10, "loss": 0.6, "implicit_accuracy": 0.6, "winner_error": 0.2, "grad_norm": 1.0, "lr": 1e-5}
 
 
 def test_the_drift_is_shown_by_timestep_in_columns_the_report_reads(accelerator):
     """Three pairs at timesteps 0, 249 and 999: the first quarter has two, the middle half none."""
-    logged = Signals(accelerator, timesteps=1000, batch_size=3, paired=True)
+    logged = Signals(accelerator, timesteps=1000, batch_size=3, paired=True, declared=[WINNER_DRIFT])
     logged.add("winner_drift", torch.tensor([0.5, -0.25]), torch.tensor([0, 249]))
     logged.add("winner_drift", torch.tensor([3.0]), torch.tensor([999]))
     logged.steps = 1
     row = logged.read(7, lr=0.1)
     assert (row["step"], row["lr"], row["winner_drift"]) == (7, 0.1, pytest.approx(3.25 / 3))
-    buckets = {name: row[name] for name in row if BUCKET.match(name)}
-    assert list(buckets) == ["winner_drift_t0_249", "winner_drift_t250_499", "winner_drift_t500_749",
-                             "winner_drift_t750_999"]
+    assert ranges(row, "winner_drift") == {
+        "winner_drift_t0_249": (0, 249), "winner_drift_t250_499": (250, 499),
+        "winner_drift_t500_749": (500, 749), "winner_drift_t750_999": (750, 999)}
     assert (row["winner_drift_t0_249"], row["winner_drift_t750_999"]) == (0.125, 3.0)
     assert all(math.isnan(row[name]) for name in ("winner_drift_t250_499", "winner_drift_t500_749"))
 
@@ -45,7 +47,7 @@ def test_the_drift_is_shown_by_timestep_in_columns_the_report_reads(accelerator)
 def test_ranges_of_timesteps_are_those_the_samples_are_sorted_into(accelerator, timesteps):
     for low, high in signals.bounds(timesteps):
         for timestep in (low, high):
-            logged = Signals(accelerator, timesteps, batch_size=1, paired=True)
+            logged = Signals(accelerator, timesteps, batch_size=1, paired=True, declared=[LOSER_DRIFT])
             logged.add("loser_drift", torch.ones(1), torch.tensor([timestep]))
             logged.steps = 1
             assert logged.read(1, 0.0)[f"loser_drift_t{low}_{high}"] == 1
@@ -54,7 +56,7 @@ def test_ranges_of_timesteps_are_those_the_samples_are_sorted_into(accelerator, 
 
 def test_the_spread_of_the_logit_is_that_of_all_pairs_of_the_interval(accelerator):
     logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    logged = Signals(accelerator, 1000, batch_size=4, paired=True)
+    logged = Signals(accelerator, 1000, batch_size=4, paired=True, declared=[LOGIT])
     for step in logits:
         logged.add("logit", step, torch.zeros(4, dtype=torch.long))
         logged.steps += 1
@@ -123,10 +125,10 @@ def test_a_collapse_stops_only_when_it_lasts(row, said):
             watch.see({**HEALTHY, **changes, "step": 10 * (number + 1)}, steps=10)
 
     with pytest.raises(Broken, match=f"spin: collapsed: .*{said}.*last 3 rows of the log to step 40 .*lower lr"):
-        see(Watch("spin"), {}, *[row] * PATIENCE)
-    see(Watch("spin"), {}, *[row] * (PATIENCE - 1), {}, *[row] * (PATIENCE - 1))
-    see(Watch("spin", collapse=False), {}, *[row] * 9)
-    watch = Watch("spin")
+        see(Watch(SPIN), {}, *[row] * PATIENCE)
+    see(Watch(SPIN), {}, *[row] * (PATIENCE - 1), {}, *[row] * (PATIENCE - 1))
+    see(Watch(SPIN, collapse=False), {}, *[row] * 9)
+    watch = Watch(SPIN)
     see(watch, {}, row)
     assert not watch.calm
     see(watch, {})
@@ -140,29 +142,29 @@ def test_a_collapse_stops_only_when_it_lasts(row, said):
     {"winner_error": 1.5},
 ])
 def test_what_is_merely_bad_is_let_alone(row):
-    watch = Watch("spin")
+    watch = Watch(SPIN)
     for _ in range(20):
         watch.see({**HEALTHY, **row}, steps=10)
 
 
 def test_random_weights_may_begin_with_an_error_beyond_noise():
-    watch = Watch("sft")
+    watch = Watch(SFT)
     for error in (3.0, 2.9, 2.8, 2.7, 2.6, 1.0):
         watch.see({**HEALTHY, "winner_error": error}, steps=10)
 
 
 def test_an_overflowing_gradient_stops_without_a_loss_scaler_and_is_skipped_with_one():
     with pytest.raises(Broken, match="sft: grad_norm became inf in steps 1 to 10"):
-        Watch("sft").see({**HEALTHY, "grad_norm": math.inf}, steps=10)
-    Watch("sft", scaled=True).see({**HEALTHY, "grad_norm": math.inf}, steps=10)
+        Watch(SFT).see({**HEALTHY, "grad_norm": math.inf}, steps=10)
+    Watch(SFT, scaled=True).see({**HEALTHY, "grad_norm": math.inf}, steps=10)
 
 
 class Backwards(DiffusionDPO):
     """Prefers the losers, and pulls hard: the loss as it is logged explodes."""
 
-    def loss(self, policy: Errors, reference: Errors | None):
-        wrong, _ = super().loss(Errors(policy.loser, policy.winner), Errors(reference.loser, reference.winner))
-        right, logged = super().loss(policy, reference)
+    def loss(self, policy: Errors, reference: Errors | None, facts: Facts):
+        wrong, _ = super().loss(Errors(policy.loser, policy.winner), Errors(reference.loser, reference.winner), facts)
+        right, logged = super().loss(policy, reference, facts)
         return wrong + (right - wrong).detach(), logged
 
 

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_unet
-from train_tiny import SCHEDULER, SETTINGS, make_data
+from train_tiny import METHODS, SCHEDULER, SETTINGS, make_data
 
 from bench.batches import TrainData, draw, flips, micro_batches, sample_order
 from bench.errors import BenchError, UsageError
@@ -233,7 +233,7 @@ def test_two_processes_equal_one(base, data, accelerator, tmp_path):
     tests = Path(__file__).parent
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
                    "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])}
-    command = [sys.executable, str(tests / "train_tiny.py"), str(tmp_path / "unet")]
+    command = [sys.executable, str(tests / "train_tiny.py"), str(tmp_path)]
     processes = [subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank})
                  for rank in ("0", "1")]
     try:
@@ -241,15 +241,16 @@ def test_two_processes_equal_one(base, data, accelerator, tmp_path):
     finally:
         for process in processes:
             process.kill()
-    torch.manual_seed(0)
-    alone, history = run(make_unet(), DiffusionDPO(500.0), data, accelerator, steps=10, batch_size=7)
-    together = load_unet(tmp_path / "unet")
-    one, two = (torch.cat([p.detach().flatten() for p in unet.parameters()]) for unet in (alone, together))
-    assert (one - two).norm() / one.norm() < 1e-6
-    # the gradient's norm as well: clipping and Adam would hide a wrong scale from the weights
-    logged = json.loads((tmp_path / "unet" / "history.json").read_text())
-    for name in ("step", "loss", "implicit_accuracy", "winner_drift", "loser_drift", "grad_norm"):
-        assert logged[0][name] == pytest.approx(history[0][name], rel=1e-4, abs=1e-7), name
+    for method in METHODS:
+        torch.manual_seed(0)
+        alone, history = run(make_unet(), method, data, accelerator, steps=10, batch_size=7)
+        together = load_unet(tmp_path / method.name)
+        one, two = (torch.cat([p.detach().flatten() for p in unet.parameters()]) for unet in (alone, together))
+        assert (one - two).norm() / one.norm() < 1e-6
+        # the gradient's norm as well: clipping and Adam would hide a wrong scale from the weights
+        logged = json.loads((tmp_path / method.name / "history.json").read_text())
+        for name in ("step", "loss", "grad_norm", *(signal.name for signal in method.signals)):
+            assert logged[0][name] == pytest.approx(history[0][name], rel=1e-4, abs=1e-7), (method.name, name)
 
 
 @pytest.mark.parametrize("broken", ["lr", "data"])

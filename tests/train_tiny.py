@@ -1,4 +1,4 @@
-"""A tiny training problem; as a script, trains it under torchrun and saves the UNet to the folder given."""
+"""A tiny training problem; as a script, trains it under torchrun, each method into a folder of its name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler
+from plug_ins import DiffusionKTO
 from tiny import make_unet
 
 from bench.cache import Embeddings
@@ -20,6 +21,7 @@ from bench.train import TrainData, TrainSettings, train
 from methods.diffusion_dpo import DiffusionDPO
 
 SCHEDULER = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+METHODS = (DiffusionDPO(500.0), DiffusionKTO(500.0))  # KTO's statistic is of the batch of all processes
 SETTINGS = TrainSettings(steps=4, lr=1e-3, batch_size=6, micro_batch=3, prompt_dropout=0.2)
 
 
@@ -32,18 +34,18 @@ def make_data(count: int = 10) -> TrainData:
     return TrainData(latents[0] + 0.5, latents[1] - 0.5, prompts)
 
 
-def main(folder: str) -> None:
+def main(place: Path) -> None:
     accelerator = Accelerator(cpu=True)
-    torch.manual_seed(0)
-    policy = make_unet()
-    settings = replace(SETTINGS, steps=10, batch_size=7)
-    history = train(policy, copy.deepcopy(policy), DiffusionDPO(500.0), make_data(), settings, SCHEDULER, 0,
-                    accelerator)
     assert accelerator.num_processes == 2
-    if accelerator.is_main_process:
-        save_unet(policy, folder)
-        (Path(folder) / "history.json").write_text(json.dumps(history))
+    for method in METHODS:
+        torch.manual_seed(0)
+        policy = make_unet()
+        settings = replace(SETTINGS, steps=10, batch_size=7)
+        history = train(policy, copy.deepcopy(policy), method, make_data(), settings, SCHEDULER, 0, accelerator)
+        if accelerator.is_main_process:
+            save_unet(policy, place / method.name)
+            (place / method.name / "history.json").write_text(json.dumps(history))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))
