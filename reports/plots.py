@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 
 from bench.runs import Result
+from methods.signals import Signal
 from reports.layouts import statistic
 from reports.load import BASE
 
@@ -28,12 +29,6 @@ HUES = {
 SPARE = ("#cc79a7", "#d55e00", "#56b4e9", "#999933", "#882255")
 GREY = "#8c8c8c"
 PLAIN = {"text.parse_math": False, "axes.unicode_minus": False}  # labels are text, never formulas
-SIGNALS = {
-    "implicit_accuracy": "implicit accuracy",
-    "winner_drift": "winner error drift",
-    "loser_drift": "loser error drift",
-    "grad_norm": "gradient norm",
-}
 
 
 def colours(models: dict[str, Result]) -> dict[str, str]:
@@ -124,10 +119,11 @@ def winrates(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
     return svg(figure, f"{label}, {statistic('winrate', rows['against'].iloc[0])}: " + spoken(rows, 100))
 
 
-def training(history: pd.DataFrame, signal: str, palette: dict[str, str], models: list[str]) -> str:
+def training(history: pd.DataFrame, logged: Signal, palette: dict[str, str], models: list[str]) -> str:
     """A logged training signal over the steps, a line a model: mean over training seeds, and their range."""
     import seaborn
 
+    signal = logged.name
     figure, axes = panel(3.5, 2.4)
     rows = history[history["model"].isin(models)].dropna(subset=[signal])
     there = [model for model in models if model in set(rows["model"])]
@@ -143,11 +139,11 @@ def training(history: pd.DataFrame, signal: str, palette: dict[str, str], models
         errorbar=("pi", 100),
         legend=False,
     )
-    if signal in ("implicit_accuracy", "winner_drift", "loser_drift"):
-        axes.axhline(0.5 if signal == "implicit_accuracy" else 0, color=INK, linewidth=1, dashes=(3, 2))
+    if logged.start is not None:
+        axes.axhline(logged.start, color=INK, linewidth=1, dashes=(3, 2))
     axes.set(xlabel="step", ylabel="")
     quiet(axes, "y")
-    return svg(figure, f"{SIGNALS.get(signal, signal)} during training of {', '.join(there)}")
+    return svg(figure, f"{logged.title} during training of {', '.join(there)}")
 
 
 @lru_cache

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from methods.signals import LOSS
 from reports import agreement, charts, cost, layouts, paper, plots, stats, tables
 from reports.layouts import spoken_name
 from reports.load import BASE, Runs
+from reports.signals import declared
 from reports.signatures import signatures
 from reports.stats import AVERAGES, JUDGE
 from reports.verdict import Verdict
@@ -260,12 +262,13 @@ def training(runs: Runs, palette: dict[str, str]) -> list[tuple[str, Any]]:
         runs.title(method): [m for m in models if runs.models[m].method == method]
         for method in dict.fromkeys(runs.models[model].method for model in models)
     }
-    panels = [(f"loss, {title}", "loss", own) for title, own in by_method.items()]
-    panels += [(name, signal, models) for signal, name in plots.SIGNALS.items()]
+    panels = [(f"{LOSS.title}, {title}", LOSS, own) for title, own in by_method.items()]
+    signals = declared(runs.protocols.values()).values()
+    panels += [(signal.title, signal, models) for signal in signals if signal.name != LOSS.name]
     return [
         (title, safe(plots.training(logged, signal, palette, own)))
         for title, signal, own in panels
-        if signal in logged and logged.loc[logged["model"].isin(own), signal].notna().any()
+        if signal.name in logged and logged.loc[logged["model"].isin(own), signal.name].notna().any()
     ]
 
 

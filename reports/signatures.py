@@ -5,25 +5,26 @@ The limits are conventions, stated with every verdict; they sort what to look at
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from methods.signals import Signal
 from reports import stats
 from reports.load import BASE, Runs
 from reports.pictures import picture_folder
+from reports.signals import declared, ranges
 from reports.tables import default_protocol, group_scores
 
 GREEN, AMBER, RED, UNKNOWN = "green", "amber", "red", "unknown"
-ACCURACY = (0.5, 0.55, 0.9, 0.97)  # red below, amber below, amber above, red above
 DIVERSITY = (0.6, 0.8)  # of the base's: red below, amber below
 END = 0.2  # the last fifth of an iteration's log is how it ended
 PROMPTS = 48  # whose pictures are compared, in the order of their hash
 SIDE = 32  # pixels of a picture's side when pictures are compared
-BUCKET = re.compile(r"^winner_drift_t(\d+)_(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def signatures(runs: Runs, group: tuple[str, float]) -> list[Signature]:
     """All verdicts, training first, then the pictures and scores of one prompt set and guidance."""
     trained = [model for model in runs.models if model != BASE]
     found = []
-    for check in (_competition, _drift, _timesteps):
+    signals = declared(runs.protocols.values())
+    for check in _checks(signals):
         verdicts = [verdict for model in trained if (verdict := check(_ended(runs, model), model))]
         unknown = verdicts and all(verdict.level == UNKNOWN for verdict in verdicts)
         found += [replace(verdicts[0], model="all")] if unknown else verdicts
@@ -65,50 +67,61 @@ def _mean(rows: pd.DataFrame, signal: str) -> float:
     return float(rows[signal].mean()) if signal in rows else float("nan")
 
 
-def _competition(rows: pd.DataFrame, model: str) -> Signature | None:
-    """Implicit accuracy: how often the policy already tells the winner from the loser."""
-    name, accuracy = "Competition too easy or too hard", _mean(rows, "implicit_accuracy")
-    if np.isnan(accuracy):
+def _checks(signals: dict[str, Signal]) -> Sequence[Callable[[pd.DataFrame, str], Signature | None]]:
+    """What is looked at in a training: every signal with limits, then those that also have them by timestep."""
+    limited = [signal for signal in signals.values() if signal.below or signal.above]
+    return [partial(_limits, signals, signal) for signal in limited] + [
+        partial(_timesteps, signal) for signal in limited if signal.by_timestep and signal.above]
+
+
+def _limits(signals: dict[str, Signal], signal: Signal, rows: pd.DataFrame, model: str) -> Signature | None:
+    """Whether a signal ended within the limits that its method declares."""
+    value = _mean(rows, signal.name)
+    if np.isnan(value):
         return None
-    lost, hard, easy, won = ACCURACY
-    level = GREEN if hard <= accuracy <= easy else RED if accuracy < lost or accuracy > won else AMBER
-    reading = "winners and losers are told apart, and not yet always"
-    if accuracy > easy:
-        reading = "too easy: the losers no longer teach anything"
-    if accuracy < hard:
-        reading = "too hard: the policy can hardly tell winners from losers"
-    return Signature(name, model, level, f"implicit accuracy {accuracy:.2f}", f"{reading} (green {hard} to {easy})")
+    level, reading, number = GREEN, signal.fine, _number(signal, value)
+    if signal.below and value < signal.below.amber:
+        red = _bound(rows, signal.below.red)
+        level, reading = (RED, signal.below.red_reading) if not value >= red else (AMBER, signal.below.amber_reading)
+    if signal.above and value > signal.above.amber:
+        red = _bound(rows, signal.above.red)
+        level, reading = (RED, signal.above.red_reading) if not value <= red else (AMBER, signal.above.amber_reading)
+    for limit in (signal.below, signal.above):
+        if limit and isinstance(limit.red, str) and not np.isnan(other := _mean(rows, limit.red)):
+            number += f", {_number(signals[limit.red], other)}"
+    return Signature(signal.verdict or signal.title, model, level, number, f"{reading} ({_green(signal)})")
 
 
-def _drift(rows: pd.DataFrame, model: str) -> Signature | None:
-    """A preference loss may be satisfied by making both errors worse, the loser's only more so."""
-    winner, loser = _mean(rows, "winner_drift"), _mean(rows, "loser_drift")
-    if np.isnan(winner):
-        return None
-    number = f"winner error {winner:+.2g}" + ("" if np.isnan(loser) else f", loser error {loser:+.2g}")
-    if winner <= 0:
-        level, reading = GREEN, "the winners are denoised better than by the reference"
-    elif winner < loser:
-        level, reading = AMBER, "both errors rise, the loser's more: the gap grows by getting worse at both"
-    else:
-        level, reading = RED, "the winners are denoised worse than by the reference"
-    return Signature("Error drift", model, level, number, f"{reading} (green: winner error not above 0)")
+def _bound(rows: pd.DataFrame, red: float | str) -> float:
+    return _mean(rows, red) if isinstance(red, str) else red
 
 
-def _timesteps(rows: pd.DataFrame, model: str) -> Signature | None:
+def _number(signal: Signal, value: float) -> str:
+    """A signal that starts at 0 with its sign."""
+    return f"{signal.title} {value:+.2g}" if signal.start == 0 else f"{signal.title} {value:.2f}"
+
+
+def _green(signal: Signal) -> str:
+    low, high = (limit and f"{limit.amber:g}" for limit in (signal.below, signal.above))
+    return f"green {low} to {high}" if low and high else f"green from {low}" if low else f"green up to {high}"
+
+
+def _timesteps(signal: Signal, rows: pd.DataFrame, model: str) -> Signature | None:
     """With one weight for all timesteps a few of them may do all the learning, or all the damage."""
-    if _mean(rows, "winner_drift") != _mean(rows, "winner_drift"):
+    assert signal.above is not None
+    if np.isnan(_mean(rows, signal.name)):
         return None
-    name = "Unweighted timesteps"
-    found = {column: _mean(rows, column) for column in rows if BUCKET.match(str(column))}
-    found = {column: drift for column, drift in found.items() if drift == drift}
+    name, limit = "Unweighted timesteps", signal.above.amber
+    places = ranges(rows, signal.name)
+    found = {column: _mean(rows, column) for column in places}
+    found = {column: value for column, value in found.items() if not np.isnan(value)}
     if len(found) < 2:
-        return Signature(name, model, UNKNOWN, "not recorded", "needs the error drift by timestep in the history")
+        return Signature(name, model, UNKNOWN, "not recorded", f"needs the {signal.title} by timestep in the history")
     worst = max(found, key=lambda column: found[column])
-    low, high = BUCKET.match(worst).groups()
-    rising = sum(drift > 0 for drift in found.values())
-    level = GREEN if not rising else RED if rising > len(found) / 2 else AMBER
-    reading = f"the winner's error rises in {rising} of {len(found)} ranges of timesteps (green: in none)"
+    low, high = places[worst]
+    over = sum(value > limit for value in found.values())
+    level = GREEN if not over else RED if over > len(found) / 2 else AMBER
+    reading = f"{signal.title} is above {limit:g} in {over} of {len(found)} ranges of timesteps (green: in none)"
     return Signature(name, model, level, f"{found[worst]:+.2g} at timesteps {low} to {high}", reading)
 
 

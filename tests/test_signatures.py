@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import fake_runs
@@ -9,8 +11,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from methods.signals import GRAD_NORM, Limit, Signal
 from reports import signatures
 from reports.load import load_runs
+from reports.plots import colours
+from reports.sections import training
 
 GROUP = ("test", 3.0)
 
@@ -80,3 +85,40 @@ def test_gaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fair = next(one for name, one in found.items() if name.startswith("Metric gaming") and "judge" in name)
     assert gamed.level == "red" and "CLIP falls" in gamed.reading
     assert fair.level == "green"
+
+
+def declare(folder: Path, *declared: Signal) -> None:
+    protocol = json.loads((folder / "protocol.json").read_text())
+    protocol["signals"] = [asdict(signal) for signal in (*declared, GRAD_NORM)]
+    (folder / "protocol.json").write_text(json.dumps(protocol))
+
+
+@pytest.mark.parametrize(("value", "level", "said"), [
+    (0.5, "green", "fine (green 0.1 to 1)"), (0.05, "amber", "low"), (-1.0, "red", "lowest"), (1.5, "amber", "high"),
+    (2.5, "red", "highest")])
+def test_a_plug_ins_own_signal_is_judged_by_the_limits_it_declares(tmp_path: Path, value, level, said) -> None:
+    """Its name says nothing: what is drawn and judged is in the run's protocol, and only that."""
+    own = Signal("zeal", "zeal of the policy", "how eager it is", below=Limit(0.1, 0.0, "low", "lowest"), fine="fine",
+                 above=Limit(1.0, "patience", "high", "highest"))
+    folder = fake_runs.write_run(tmp_path, "diffusion_dpo", guidance=(3.0,))
+    history = pd.read_parquet(folder / "history.parquet").assign(zeal=value, patience=2.0, silent=1.0)
+    history.to_parquet(folder / "history.parquet")
+    declare(folder, own, Signal("patience", "patience", ""))
+    runs = load_runs(None, tmp_path)
+    (found,) = [one for one in signatures.signatures(runs, GROUP) if one.name == "zeal of the policy"]
+    assert (found.level, found.number) == (level, f"zeal of the policy {value:.2f}, patience 2.00")
+    assert found.reading.startswith(said)
+    panels = [title for title, _ in training(runs, colours(runs.models))]
+    assert panels == ["loss, Diffusion-DPO", "zeal of the policy", "patience", "gradient norm"]
+
+
+def test_a_signal_by_timestep_is_judged_in_its_ranges(tmp_path: Path) -> None:
+    own = Signal("zeal", "zeal", "", by_timestep=True, above=Limit(1.0, 9.0, "", ""))
+    folder = fake_runs.write_run(tmp_path, "diffusion_dpo", guidance=(3.0,))
+    ranges = {"zeal": 0.9, "zeal_t0_499": 1.5, "zeal_t500_999": 0.3}
+    history = pd.read_parquet(folder / "history.parquet").assign(**ranges)
+    history.to_parquet(folder / "history.parquet")
+    declare(folder, own)
+    found = [one for one in signatures.signatures(load_runs(None, tmp_path), GROUP) if "timesteps" in one.name]
+    assert [(one.level, one.number) for one in found] == [("amber", "+1.5 at timesteps 0 to 499")]
+    assert "zeal is above 1 in 1 of 2 ranges" in found[0].reading
