@@ -105,14 +105,12 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
 def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
              only_self_play: bool) -> list[dict[str, Any]]:
     """Settings of the runs to make, checked as far as is possible before anything is loaded."""
-    from bench.experiment import build_method, planned_iterations
+    from bench.experiment import planned_iterations
     from methods.base import Pairing
 
     plans = []
     for method in methods:
         count = planned_iterations(method, suite, iters, only_self_play)
-        for iteration in suite.schedule(method, count):
-            build_method(suite.kind(method), iteration)
         if suite.methods[method].opponent and suite.method(method).pairing is not Pairing.SELF_PLAY:
             raise UsageError(f"methods.{method}.opponent: {suite.kind(method)} does not play against itself")
         plans.append({"method": method, "suite": suite, "seed": seed, "iterations": count})
@@ -306,14 +304,14 @@ def score(images: Path, prompts: Path | None, metrics: str | None, weights: str 
 @as_json
 def list_command(kind: str, layout: str) -> None:
     """List what there is to choose from."""
-    from bench.listing import KINDS
+    from bench.listing import KINDS, method_records
 
     if kind not in KINDS:
         raise UsageError(f"cannot list '{kind}'{did_you_mean(kind, KINDS)}; one of {', '.join(KINDS)}")
-    entries = KINDS[kind]()
     if layout == "json":
-        click.echo(json.dumps(list(entries)))
+        click.echo(json.dumps(method_records() if kind == "methods" else list(KINDS[kind]())))
         return
+    entries = KINDS[kind]()
     width = max(map(len, entries), default=0)
     for name, remark in entries.items():
         click.echo(f"{name:<{width}}  {remark}".rstrip())

@@ -42,9 +42,8 @@ def plan(suite: str, method: str, iters: int | None, settings: tuple[str, ...], 
     from bench import cards
     from bench.suites import load_suite
 
-    chosen = load_suite(suite, settings)
+    chosen, named = load_suite(suite, settings), cards.find(card) if card else None
     methods = chosen.entries(method)
-    named = cards.find(card) if card else None
     from bench import plan as planning
 
     record = planning.as_record(planning.plan(chosen, methods, iters), named or _card_here(), mfu, gpus)

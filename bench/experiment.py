@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -16,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from bench import adapters, cost, evaluate, models, pieces, processes, registry, runs, tracking, verify
 from bench.batches import sample_order
 from bench.checkpoint import Checkpoints
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError
 from bench.failures import stopped
 from bench.integrity import read_array
 from bench.meter import write_spent
@@ -27,7 +28,7 @@ from bench.seeding import derive
 from bench.shards import Rows
 from bench.shared import Model, Shared, Weights, link_tree, timed, write_table
 from bench.stages import Stage, atomic_write, fingerprint
-from bench.suites import Iteration, Suite
+from bench.suites import Iteration, Suite, options
 from bench.train import TrainData, TrainSettings, train
 from methods.base import Method, Pairing
 
@@ -66,11 +67,7 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
 
 def build_method(name: str, settings: Iteration) -> Method:
     """A method with the hyperparameters of one iteration."""
-    options = {} if settings.beta is None else {"beta": settings.beta}
-    try:
-        return registry.method(name)(**options)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"methods.{name}: {error}") from error
+    return options.build(registry.method(name), settings.options, ("methods", name))
 
 
 def planned_iterations(method: str, suite: Suite, asked: int | None, only_self_play: bool = False) -> int:
@@ -132,7 +129,7 @@ class Experiment:
         reference = method.next_reference(self.shared.base, previous)
         opponent = self.opponent(iteration, reference) if method.pairing is Pairing.SELF_PLAY else None
         stage = Stage(self.run.folder / f"iter{iteration}", {
-            "method": self.run.method, "beta": self.schedule[iteration - 1].beta, "seed": self.run.seed,
+            "method": self.run.method, **self.chosen(iteration), "seed": self.run.seed,
             "settings": self.train_settings(iteration).identity(),
             "policy": previous.key, "reference": reference.key if reference else None,
             "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
@@ -153,6 +150,12 @@ class Experiment:
         self.inside += [part.directory for part in inside.values()]
         self.record(stage, iteration, log_scalar)
         return Weights(stage.directory / "unet", stage.hash)
+
+    def chosen(self, iteration: int) -> dict[str, Any]:
+        """The method's options as the stage's hash has them: beta apart, as it was when there were no others."""
+        own = options.identity(type(self.methods[iteration - 1]), self.schedule[iteration - 1].options)
+        beta = {"beta": own.pop("beta", None)}
+        return {**beta, "options": own} if own else beta
 
     def train_settings(self, iteration: int) -> TrainSettings:
         """The suite's settings for one iteration, which goes on in the data where the last one stopped."""
@@ -226,7 +229,7 @@ class Experiment:
             pairs = steps * settings.batch_size
             return {"pairs": pairs, "flops": cost.training_flops(
                 self.shared.forward_flops(), pairs, paired=data.losers is not None, reference=reference is not None,
-                adapter=settings.lora_rank is not None)}
+                adapter=settings.lora_rank is not None, statistic=method.has_statistic())}
 
         def keep(step: int, seconds: float) -> None:
             with inside[step].fresh() as folder:

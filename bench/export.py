@@ -100,8 +100,10 @@ def model_card(run: Run, result: Result) -> str:
     evaluation, opponent, train = suite.evaluation, suite.opponents(run.method), suite.training(run.method)
     header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
               "tags": ["diffusion-align-bench", run.method]}
-    schedule = [f"| {k} | {settings.steps} | {settings.lr:g} | {settings.beta or ''} |"
-                for k, settings in enumerate(suite.schedule(run.method, iteration), 1)]
+    options, settings = suite.resolved(run.method, iteration), suite.schedule(run.method, iteration)
+    columns = ["iteration", "steps", "learning rate", *options[0]]
+    schedule = [[k, each.steps, f"{each.lr:g}", *own.values()]
+                for k, (each, own) in enumerate(zip(settings, options, strict=True), 1)]
     return "\n".join([
         "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {title}", "",
         f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}{inside}, in the pipeline it was "
@@ -118,7 +120,7 @@ def model_card(run: Run, result: Result) -> str:
         f"{train.warmup_steps} warm-up steps, gradients clipped at {train.max_grad_norm:g}",
         f"- opponent (self-play only): {opponent.steps} {opponent.scheduler} steps, guidance "
         f"{opponent.guidance:g}",
-        "", "| iteration | steps | learning rate | beta |", "| --- | --- | --- | --- |", *schedule, "",
+        "", *(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *schedule)), "",
         "## Protocol", "",
         f"- prompts: {', '.join(f'{name} (`{p.prompts}`)' for name, p in evaluation.prompt_sets.items())}",
         f"- sampling: {evaluation.steps} {evaluation.scheduler} steps, guidance "

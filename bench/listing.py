@@ -2,8 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench import registry, runs, suites
 from bench.errors import BenchError
+from bench.suites import options
+
+
+def _methods() -> dict[str, str]:
+    """Where each comes from, and a line for each of its options: name, type, default, what it is."""
+    return {record["name"]: "\n".join([record["target"], *record.get("problem", "").splitlines(),
+                                       *map(_option, record["options"])]) for record in method_records()}
+
+
+def method_records() -> list[dict[str, Any]]:
+    """Name, target, title and options of every method; of one that cannot be imported the problem instead."""
+    return [_method_record(name, target) for name, target in registry.targets("methods").items()]
+
+
+def _method_record(name: str, target: str) -> dict[str, Any]:
+    try:
+        found = registry.method(name)
+        own = [option.record() for option in options.options(found).values()]
+        return {"name": name, "target": target, "title": found.title, "options": own}
+    except BenchError as error:
+        return {"name": name, "target": target, "options": [], "problem": str(error)}
+
+
+def _option(record: dict[str, Any]) -> str:
+    default = f"default {record['default']}" if "default" in record else "required"
+    return f"  {record['name']}: {record['type']}, {default}" + (f"; {record['meaning']}" if record["meaning"] else "")
 
 
 def _prompt_sets() -> dict[str, str]:
@@ -27,7 +55,7 @@ def _progress(identity: str) -> str:
 
 
 KINDS = {
-    "methods": lambda: registry.targets("methods"),
+    "methods": _methods,
     "metrics": lambda: registry.targets("metrics"),
     "suites": lambda: {name: suites.load_suite(name).description for name in suites.available()},
     "prompts": _prompt_sets,

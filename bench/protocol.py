@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from bench.random_weights import REMARK, is_random
 from bench.runs import Run
 from bench.shared import Shared
 from bench.stages import atomic_write
+from bench.suites import options
 from bench.versions import versions
+from methods.signals import EVERY_TRAINING
 
 CODE = ("bench", "methods", "metrics", "reports")  # the folders whose files, new ones too, may change a number
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
@@ -37,6 +40,7 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
              "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
     if is_random(run.suite.model.weights):
         model["remark"] = REMARK
+    method = run.suite.method(run.method)
     process = this_process(shared)
     before = _written(path)
     if before and before["model"] != model:
@@ -49,6 +53,11 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "method_title": run.title,
         "seed": run.seed,
         "iterations": run.iterations,
+        "schedule": [{**iteration.model_dump(), **chosen} for iteration, chosen in zip(
+            run.suite.schedule(run.method, run.iterations), run.suite.resolved(run.method, run.iterations),
+            strict=True)],
+        "options": [option.record() for option in options.options(method).values()],
+        "signals": [asdict(signal) for signal in (*method.signals, *EVERY_TRAINING)],
         "results": [result._asdict() for result in run.results],
         "model": model,
         "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},

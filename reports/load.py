@@ -268,15 +268,24 @@ def _shared(run: dict) -> dict[str, Any]:
     return {key: value for key, value in _flat(rooms).items() if key not in INCIDENTAL}
 
 
-def _own(run: dict) -> dict[str, Any]:
+def _own(run: dict, defaults: dict[str, Any]) -> dict[str, Any]:
     """What must be equal in runs of one method: its settings, over the sections of the suite that they change.
 
-    Checkpoints need not be: they leave the training as it is.
+    `defaults` of the method's options stand where a run says nothing of one. Checkpoints need not be equal: they leave
+    the training as it is.
     """
     entry = run["suite"].get("methods", {}).get(run["protocol"].get("method"), {})
+    done = run["protocol"].get("schedule", entry.get("iterations", []))
+    entry = {**entry, "iterations": [{**defaults, **iteration} for iteration in done]}
     changed = {name: {**run["suite"].get(name, {}), **entry.get(name, {})} for name in ("train", "opponent")}
     settings = _flat({**entry, **changed}).items()
     return {key: value for key, value in settings if key not in INCIDENTAL and ".checkpoints" not in key}
+
+
+def _defaults(run: dict) -> dict[str, Any]:
+    """The defaults of the options that a run's protocol declares."""
+    options = run["protocol"].get("options", [])
+    return {option["name"]: option["default"] for option in options if "default" in option}
 
 
 def _mismatch(run: dict, kept: list[dict]) -> str:
@@ -295,7 +304,8 @@ def _mismatch(run: dict, kept: list[dict]) -> str:
     method = run["protocol"].get("method")
     same = next((k for k in kept if k["protocol"].get("method") == method), None)
     if same:
-        mine, theirs = _own(run), _own(same)
+        defaults = {**_defaults(same), **_defaults(run)}
+        mine, theirs = _own(run, defaults), _own(same, defaults)
         different = [key for key in mine if key in theirs and mine[key] != theirs[key]]
         if different:
             return f"{method} with other settings than {same['id']}: {_differences(different, mine, theirs)}"

@@ -94,18 +94,31 @@ def test_no_command_shows_the_commands(bench):
     assert [line.split()[0] for line in err.split("Commands:\n")[1].splitlines()] == list(cli.cli.commands)
 
 
-@pytest.mark.parametrize("kind", ["methods", "metrics", "suites", "prompts", "runs"])
+@pytest.mark.parametrize("kind", ["metrics", "suites", "prompts", "runs"])
 def test_lists_are_plain_lists_as_json(bench, kind):
     status, out, _ = bench("list", kind, "--format", "json")
     names = json.loads(out)
     assert status == 0
     assert all(isinstance(name, str) for name in names)
-    expected = {"methods": "spin", "metrics": "pickscore", "suites": "mini", "prompts": "world:test"}
+    expected = {"metrics": "pickscore", "suites": "mini", "prompts": "world:test"}
     assert names == [] if kind == "runs" else expected[kind] in names
 
 
 def test_lists_explain_in_text(bench):
     assert bench("list", "suites")[1].startswith("mini           Drawn scenes")
+
+
+def test_methods_are_listed_with_their_options(bench):
+    lines = bench("list", "methods")[1].splitlines()
+    assert lines[2:4] == ["diffusion_dpo  methods.diffusion_dpo:DiffusionDPO",
+                          "  beta: float, required; how closely the policy is held to the reference; 2000 to 5000 for "
+                          "SD-1.5 (methods/preference.py)"]
+    assert lines[1] == ("  weighting: constant | min_snr | h_squared, default constant; of timesteps, multiplies the "
+                        "loss (methods/weightings.py)")
+    (sft, *_) = json.loads(bench("list", "methods", "--format", "json")[1])
+    assert (sft["name"], sft["title"], sft["target"]) == ("sft", "SFT", "methods.sft:SFT")
+    assert sft["options"][0] == {"name": "weighting", "type": "constant | min_snr | h_squared", "default": "constant",
+                                 "meaning": "of timesteps, multiplies the loss (methods/weightings.py)"}
 
 
 def test_a_missing_database_driver_is_named_before_anything_starts(bench, monkeypatch, tmp_path):
@@ -118,12 +131,14 @@ def test_a_missing_database_driver_is_named_before_anything_starts(bench, monkey
 
 
 def test_quick_commands_import_nothing_heavy(tmp_path):
-    """One interpreter runs them all; pandas may come with `table` and `report`, torch with neither."""
-    light = ("--help", "run --help", "report --help", "list methods", "list metrics", "list suites",
+    """One interpreter runs them all; pandas may come with `table` and `report`, torch with neither, torch alone with
+    `list methods`, which reads the options off the classes."""
+    light = ("--help", "run --help", "report --help", "list metrics", "list suites",
              "list runs", "plan --help", "perf train --help", "doctor --help", "plan --card h10",
              "perf train --method spn", "perf train -o x.txt", "run --method spn",
              "run --method spin --set trian.lr=1", "run --iters 0")
-    steps = [*((line, HEAVY) for line in light), ("table", HEAVY[:5]), ("report", HEAVY[:5])]
+    steps = [*((line, HEAVY) for line in light), ("table", HEAVY[:5]), ("report", HEAVY[:5]),
+             ("list methods", HEAVY[1:5])]
     code = """if True:
         import json, sys
         from bench import cli

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,10 @@ from bench.evaluate import Scorers
 from bench.experiment import Experiment
 from bench.export import export_run
 from bench.shared import Shared
-from bench.suites import load_suite
+from bench.suites import Iteration, load_suite
+from methods.sft import SFT
+from methods.signals import EVERY_TRAINING, Signal
+from methods.spin import SPIN as SPIN_CLASS
 from reports.load import load_runs
 
 SPIN = "run --suite tiny.yaml --method spin --iters 2"
@@ -97,6 +101,29 @@ def test_all_methods_leave_a_complete_record(here):
         assert list(models) == [("base", 0), *((method, k + 1) for k in range(iterations))]
         assert len(table) == (1 + iterations) * 4 * 2 * 2  # models x prompts x image seeds x guidance scales
         assert not list(run.folder.rglob(".*.tmp"))
+
+
+def test_the_protocol_says_what_each_iteration_did_and_what_was_logged(here):
+    record = json.loads((run_of("spin").folder / "protocol.json").read_text())
+    assert record["schedule"] == [
+        {"steps": 2, "lr": 1e-3, "checkpoints": [], "beta": 1000.0, "weighting": "constant"}] * 2
+    assert [(option["name"], option.get("default")) for option in record["options"]] == [
+        ("beta", None), ("weighting", "constant")]
+    logged = pd.read_parquet(run_of("spin").folder / "history.parquet")
+    signals = [Signal.read(signal) for signal in record["signals"]]
+    assert signals == [*SPIN_CLASS.signals, *EVERY_TRAINING]
+    assert {signal.name for signal in signals} <= set(logged)
+
+
+def test_options_decide_the_stage_of_a_training_unless_they_are_at_their_default():
+    def chosen(**own: object) -> dict:
+        made = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0, **own)], methods=[SPIN_CLASS(1.0)])
+        return Experiment.chosen(made, 1)
+
+    assert chosen(beta=2) == chosen(beta=2.0, weighting="constant") == {"beta": 2.0}
+    assert chosen(beta=2.0, weighting="min_snr") == {"beta": 2.0, "options": {"weighting": "min_snr"}}
+    sft = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0)], methods=[SFT()])
+    assert Experiment.chosen(sft, 1) == {"beta": None}
 
 
 def test_images_are_where_the_report_looks_and_base_images_are_shared(here):

@@ -76,6 +76,25 @@ def test_settings_that_only_one_run_of_a_method_changes_set_it_apart(root: Path,
     assert f"spin with other settings than 20261123-100000-spin-s0: {section}.{key} 7 against" in problem
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_an_option_that_only_one_run_sets_counts_by_its_default_in_the_other(root: Path, old: bool) -> None:
+    """min_snr apart from a run that says nothing of weightings, also one of before there were any; `constant` not."""
+    declared = {"options": [{"name": "weighting", "type": "text", "meaning": "", "default": "constant"}]}
+
+    def write(seed: int, declared: dict, **options: object) -> None:
+        iterations = [{"steps": 100, "lr": 1e-5, "beta": 2000.0, **options}] * 3
+        folder = fake_runs.write_run(root, "spin", seed, change={"methods": {"spin": {"iterations": iterations}}})
+        protocol = json.loads((folder / "protocol.json").read_text())
+        (folder / "protocol.json").write_text(json.dumps(protocol | declared))
+
+    write(0, {} if old else declared)
+    write(1, declared, weighting="constant")
+    assert load_runs(None, root).problems == []
+    write(2, declared, weighting="min_snr")
+    problems = load_runs(None, root).problems
+    assert len(problems) == 2 and all("weighting constant against min_snr" in problem for problem in problems)
+
+
 def test_a_repeated_run_gives_way_to_the_newer(root: Path) -> None:
     fake_runs.write_run(root, "sft", name="old", created="2026-11-23T09:00:00")
     fake_runs.write_run(root, "sft", name="new", created="2026-11-23T10:00:00")

@@ -21,7 +21,7 @@ from bench.perf.baseline import Baseline, Recipe
 from bench.progress import quiet
 from bench.recipe import TrainSettings, make_accelerator
 from bench.sample import latent_shape
-from bench.suites import Iteration
+from bench.suites import Iteration, options
 from bench.train import TrainData, train
 from methods.base import Method, Pairing
 
@@ -61,7 +61,8 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 
 def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, accelerator: Accelerator) -> dict[str, Any]:
-    method = build_method(name, Iteration(steps=1, lr=LR, beta=None if _is_sft(name) else BETA))
+    own = {"beta": BETA} if "beta" in options.options(registry.method(name)) else {}
+    method = build_method(name, Iteration(steps=1, lr=LR, **own))
     paired, device, dtype = method.pairing is not Pairing.WINNER, accelerator.device, models.DTYPES[setting.precision]
     images, prompts = _batch(pipe, setting.batch_size, sides=2 if paired else 1)
     work = {"ours": _ours(method, setting, pipe, images, prompts, accelerator),
@@ -76,10 +77,6 @@ def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, acceler
             "ratio_to_floor_min": min(used), "ratio_to_floor_max": max(used),
             "gflop_per_pair": per_sample / 1e9, "matmul_gflop_per_s": peak / 1e9}
     return {"method": name, **row}
-
-
-def _is_sft(name: str) -> bool:
-    return registry.method(name).pairing is Pairing.WINNER
 
 
 def _floor(method: Method, pipe: StableDiffusionPipeline) -> int:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError
 
 from bench import registry
 from bench.errors import UsageError, did_you_mean, printable
-from bench.suites import keys
+from bench.suites import keys, options
+from bench.suites.section import Iteration, Section
 
 if TYPE_CHECKING:
     from methods.base import Method
@@ -41,12 +33,6 @@ def _distinct(values: list[T]) -> list[T]:
 Scheduler = Literal["ddim", "pndm", "ddpm"]
 Steps = Annotated[int, Field(ge=1, le=1000)]  # of a solver: diffusion models here have 1000 timesteps
 Guidance = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """Strict: no unknown keys, no silent change of type (a number in quotes is not a number), no nan and no inf."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Model(Section):
@@ -109,22 +95,6 @@ class Evaluation(Section):
     batch_size: int = Field(64, ge=1)
 
 
-class Iteration(Section):
-    steps: int = Field(ge=1)
-    lr: float = Field(gt=0)
-    beta: float | None = Field(None, gt=0)
-    checkpoints: list[int] = []
-
-    @field_validator("checkpoints")
-    @classmethod
-    def _ascending(cls, checkpoints: list[int], info: ValidationInfo) -> list[int]:
-        """The end of an iteration is always a result, so it is not one of them."""
-        steps = info.data.get("steps")
-        if steps and not all(before < after for before, after in pairwise([0, *checkpoints, steps])):
-            raise ValueError(f"ascending steps of the iteration, from 1 and below its {steps}")
-        return checkpoints
-
-
 class Schedule(Section):
     method: str | None = None  # whose variant this is, when not the method of the entry's own name
     train: dict[str, Any] = {}
@@ -164,15 +134,31 @@ class Suite(Section):
         return (self.methods[entry].method if entry in self.methods else None) or entry
 
     def method(self, entry: str) -> type[Method]:
-        """The class behind an entry."""
-        return registry.method(self.kind(entry))
+        """The class behind an entry, which can be made with the options of each of its iterations."""
+        found = registry.method(self.kind(entry))
+        for index, iteration in enumerate(self.methods[entry].iterations if entry in self.methods else ()):
+            options.build(found, iteration.options, ("methods", entry, "iterations", index))
+        return found
+
+    def resolved(self, entry: str, count: int | None = None) -> list[dict[str, Any]]:
+        """All options of the method in each iteration, those that are not written by their default."""
+        found = self.method(entry)
+        return [options.resolve(found, iteration.options) for iteration in self.schedule(entry, count)]
 
     def entries(self, asked: str) -> list[str]:
-        """The entries that `--method` asks for, one or all; refuses what is not known or has no settings."""
+        """The entries that `--method` asks for, one or all; refuses what is not known or has no settings.
+
+        Of the other entries the options are looked at too, so that a mistake in one does not wait for its turn; an
+        entry of a method that is not installed here is left to those who have it.
+        """
         names = list(self.methods) if asked == "all" else [asked]
         for name in names:
             registry.check("methods", self.kind(name))
             self.schedule(name)
+        known = registry.names("methods")
+        for name in self.methods:
+            if self.kind(name) in known:
+                self.method(name)
         return names
 
     def training(self, entry: str) -> Train:
