@@ -23,7 +23,6 @@ from bench.data.prompts import PUBLISHED
 from bench.errors import BenchError
 from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
-from bench.mini.judge import BUNDLED
 from bench.plan import Plan, plan
 from bench.suites import Suite
 from bench.versions import versions
@@ -179,21 +178,18 @@ def _data(purpose: str, spec: str, source: str) -> File:
 
 
 def metric_files(suite: Suite) -> Iterator[File]:
-    """Of every metric and the judge, each file once."""
+    """Of every metric, each file once."""
     seen: set[tuple[str, str | None]] = set()
     for name in suite.metrics:
-        weights = suite.metric_options.get(name, {}).get("weights", "mini")
-        for item in official.needed(registry.metric(name), weights):
+        kind = registry.metric(name)
+        weights = kind.weights_of(suite.metric_options.get(name, {}))
+        for item in official.needed(kind, weights):
             key = (item.published.repository, item.published.file)
             if key in seen:
                 continue
             seen.add(key)
             yield File(f"metric {name}", item.name, item.path and str(item.path),
                        size_of(item.path) or item.published.size, _metric_fix(item.published, weights))
-    if suite.judge in BUNDLED:
-        path = BUNDLED[suite.judge] / "judge.safetensors"
-        yield File("judge", f"{path.parent.name}/{path.name}", str(path) if path.is_file() else None, size_of(path),
-                   _metric_fix(Published("", None, ""), "mini"))
 
 
 def _metric_fix(item: Published, weights: str) -> str:

@@ -23,10 +23,10 @@ from PIL import Image
 from bench import registry
 from bench.errors import BenchError, UsageError, first_line
 from bench.integrity import expecting
-from bench.mini.judge import Judge
 from bench.runs import Result
 from bench.stages import atomic_write
 from metrics.base import Images, Metric, check_lengths
+from metrics.columns import Column
 from metrics.sharing import shared
 
 BLOCK = 256  # prompts scored in one call: a multiple of what any metric takes at once
@@ -39,45 +39,51 @@ COLUMNS = ("run", "method", "iteration", "step", "prompt_set", "prompt_id", "see
 
 @dataclass(frozen=True)
 class Scorers:
-    """All that scores an image, loaded once: the metrics by name, and the judge if there is one."""
+    """All that scores an image, loaded once: the metrics by name."""
 
     metrics: Mapping[str, Metric]
-    judge: Judge | None = None
 
     @classmethod
-    def load(cls, names: Sequence[str], judge: str | None = None,
-             options: Mapping[str, Mapping[str, Any]] | None = None, device: str = "cpu") -> Scorers:
+    def load(cls, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None,
+             device: str = "cpu") -> Scorers:
         """Load the metrics a suite names; `options` holds keyword arguments of `Metric.load` by metric."""
         _expect_device(device)
         chosen = {name: {"device": device, **(options or {}).get(name, {})} for name in names}
         load = {name: registry.metric(name).load for name in names}
         for name in names:  # all of them before the first reads its weights
             _expect_options(name, load[name], chosen[name])
-        loaded = {name: load[name](**chosen[name]) for name in names}
-        return cls(loaded, Judge.load(judge, device) if judge else None)
+        return cls({name: load[name](**chosen[name]) for name in names})
+
+    @property
+    def columns(self) -> list[Column]:
+        """What all metrics together give, in their order, by the names in tables."""
+        return [column for metric in self.metrics.values() for column in metric.table_columns()]
 
     def score(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Score image i against prompt i: float32 [N] by metric, the judge's values as "judge/<name>".
+        """Score image i against prompt i: float32 [N] by column.
 
         Raises BenchError when a score is not finite: a mean would hide it, or lose the prompt in one model alone.
         """
         check_lengths(images, prompts)
-        scores = {name: np.empty(0, np.float32) for name in self.metrics}
+        parts: dict[str, list[np.ndarray]] = {column.name: [np.empty(0, np.float32)] for column in self.columns}
         for start in range(0, len(prompts), CHUNK):
             chunk, asked = images[start:start + CHUNK], prompts[start:start + CHUNK]
             with shared():
-                for name, metric in self.metrics.items():
-                    scores[name] = np.append(scores[name], metric.score(chunk, asked))
-        if self.judge is not None:
-            judged = self.judge.score(images, prompts)
-            scores |= {f"judge/{name}": values for name, values in judged.items()}
+                for metric in self.metrics.values():
+                    for name, values in metric.table_scores(chunk, asked).items():
+                        parts[name].append(values)
+        scores = {name: np.concatenate(values) for name, values in parts.items()}
         for name, values in scores.items():
             _expect_finite(name, values, prompts)
         return scores
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """How each metric's numbers come about, by name; for the protocol."""
+        """What each metric's numbers depend on, by its name: a hash of it tells two scores apart."""
         return {name: metric.info() for name, metric in self.metrics.items()}
+
+    def protocol(self) -> dict[str, dict[str, Any]]:
+        """`info`, and how the numbers are called and read."""
+        return {name: {**metric.description(), **metric.info()} for name, metric in self.metrics.items()}
 
 
 def _expect_options(name: str, load: Callable[..., Metric], chosen: Mapping[str, Any]) -> None:

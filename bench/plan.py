@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
-from bench import cost, memory, models
+from bench import cost, memory, models, registry
 from bench.architecture import Architecture, architecture
 from bench.batches import sample_order
 from bench.cards import Card
@@ -20,7 +20,6 @@ from bench.data import load_pairs, load_prompts
 from bench.errors import BenchError
 from bench.evaluate import Scorers
 from bench.experiment import planned_iterations
-from bench.mini.judge import Judge
 from bench.progress import quiet
 from bench.runs import CACHE
 from bench.sample import SCHEDULERS, latent_shape
@@ -235,7 +234,8 @@ class Planner:
         """All scorers, which on a GPU run under bf16 autocast whatever the suite says of the models."""
         images = models * len(self.suite.evaluation.guidance) * self.images
         return StagePlan("evaluation: scoring", images, "images", images * self.scorers[0], self.resident,
-                         images * max(1, len(self.suite.metrics)) * ROW, "bf16")
+                         images * max(1, sum(len(registry.metric(name).columns) for name in self.suite.metrics)) * ROW,
+                         "bf16")
 
     @cached_property
     def images(self) -> int:
@@ -276,29 +276,33 @@ def solver_evaluations(scheduler: str, steps: int) -> int:
 def scoring_cost(suite: Suite, notes: list[str]) -> tuple[int, int]:
     """Operations for one image with its prompt, and bytes of weights, over all scorers.
 
-    Miniatures are run once and counted; of official checkpoints the architecture is known.
+    Miniatures are run once and counted; of official checkpoints the architecture is known, of others what the metric
+    declares.
     """
     given = {name: suite.metric_options.get(name, {}) for name in suite.metrics}
-    small = [name for name in suite.metrics if given[name].get("weights", "mini") == "mini"]
+    kinds = {name: registry.metric(name) for name in suite.metrics}
+    small = [name for name, kind in kinds.items() if kind.weights_of(given[name]) == "mini"]
     large = [name for name in suite.metrics if name not in small and name in official.ENCODERS]
-    notes += [f"metric {name} is not counted: its architecture is not known before it is loaded"
-              for name in suite.metrics if name not in {*small, *large}]
     flops, weights = official.cost(large)
+    for name in (name for name in suite.metrics if name not in {*small, *large}):
+        if (declared := kinds[name].cost) is None:
+            notes.append(f"metric {name} is not counted: it declares no cost, and is too large to be loaded for a plan")
+        else:
+            flops, weights = flops + declared.flops, weights + declared.weights
     loaded: dict[str, Metric] = {}
     for name in small:
         try:
             loaded |= Scorers.load([name], options=given).metrics
         except BenchError as error:
             notes.append(f"metric {name} is not counted: {error}")
-    scorers = Scorers(loaded, Judge.load(suite.judge) if suite.judge else None)
     with quiet():
-        flops += cost.flops(lambda: scorers.score(np.zeros((1, 64, 64, 3), np.uint8), [EXAMPLE]))
-    return flops, weights + sum(map(_weights, [*loaded.values(), scorers.judge]))
+        flops += cost.flops(lambda: Scorers(loaded).score(np.zeros((1, 64, 64, 3), np.uint8), [EXAMPLE]))
+    return flops, weights + sum(map(_weights, loaded.values()))
 
 
 def _weights(scorer: Any) -> int:
     """Bytes of all networks a scorer holds, and of those its parts hold."""
-    parts = [scorer, *vars(scorer).values()] if scorer else []
+    parts = [scorer, *vars(scorer).values()]
     nested = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
     modules = {id(part): part for part in [*parts, *nested] if isinstance(part, torch.nn.Module)}
     return sum(memory.parameter_bytes(module) for module in modules.values())

@@ -61,8 +61,7 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "results": [result._asdict() for result in run.results],
         "model": model,
         "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},
-        "metrics": shared.scorers.info(),
-        "judge": shared.judge_info(),
+        "metrics": shared.scorers.protocol(),
         "prompt_sets": {name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
                         for name, prompts in shared.prompt_sets.items()},
         "warnings": list(warnings),

@@ -32,6 +32,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "aesthetic_v1": "metrics.aesthetic:AestheticV1",
         "clip": "metrics.clip:CLIPScore",
         "clip_l14": "metrics.clip:CLIPScoreL14",
+        "judge": "bench.mini.judge:Judge",
+        "judge2": "bench.mini.judge:SecondJudge",
     },
 }
 
@@ -85,5 +87,12 @@ def method(name: str) -> type[Method]:
 
 
 def metric(name: str) -> type[Metric]:
-    """The metric class behind a name."""
-    return _load("metrics", name)
+    """The metric class behind a name; BenchError where it calls itself otherwise, or repeats a column."""
+    found: type[Metric] = _load("metrics", name)
+    if found.name != name:
+        raise BenchError(f"metric {name!r}: {found.__module__}.{found.__qualname__} calls itself {found.name!r}; "
+                         "register it under that name")
+    columns = [column.name for column in found.columns]
+    if not columns or len(set(columns)) < len(columns) or any("/" in column for column in columns):
+        raise BenchError(f"metric {name!r}: columns need names of their own, without a slash; it has {columns}")
+    return found

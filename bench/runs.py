@@ -22,7 +22,7 @@ from bench.suites.keys import flat
 
 RUNS = Path("results/runs")
 CACHE = Path("results/cache")
-SCORING = ("metrics", "metric_options", "judge")
+SCORING = ("metrics", "metric_options")
 """Sections of the suite that a finished run may still change: its images are there, and only scores follow."""
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(@(?P<host>.+))?\.tmp$")
 FORGOTTEN = 24 * 3600  # seconds after which a folder that another host has not touched counts as left behind

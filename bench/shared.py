@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import click
 import numpy as np
@@ -86,8 +86,7 @@ class Shared:
                             for name, prompts in suite.evaluation.prompt_sets.items()}
         self.pipe = models.load_pipeline(folder, self.device, self.dtype)
         self.pipe.unet.to("meta")  # its shape is all that is asked of it here: `unet` loads what is sampled from
-        self.scorers = evaluate.Scorers.load(suite.metrics, suite.judge, suite.metric_options,
-                                             str(self.device))
+        self.scorers = evaluate.Scorers.load(suite.metrics, suite.metric_options, str(self.device))
         self._forward: int | None = None
         self._scoring: int | None = None
         self.common: dict[str, Path] = {}  # what all runs share, by name: folders that hold what it cost
@@ -248,8 +247,7 @@ class Shared:
     def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None,
                 description: str) -> Scored:
         prompts, seeds = self.prompt_sets[prompt_set], self.suite.evaluation.seeds
-        made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "judge": self.judge_info(),
-                     "prompt_set": prompt_set}
+        made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "prompt_set": prompt_set}
         stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
         rows = keys(prompts.prompts, seeds)
         blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
@@ -284,9 +282,6 @@ class Shared:
         found = stage.directory / BLANK
         return Scored(table[list(evaluate.COLUMNS)], drawn.directory,
                       json.loads(found.read_text()) if found.exists() else [])
-
-    def judge_info(self) -> dict[str, Any] | None:
-        return self.scorers.judge.info() if self.scorers.judge else None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.errors import BenchError, first_line
 from metrics.base import Images, Metric, check_lengths, checkpoint_digest, find_weights
 from metrics.clip_family import OPEN_CLIP, ClipBackbone
+from metrics.columns import Column
 from metrics.open_clip_format import VIT_L_14
 
 BACKBONE = "openai/clip-vit-large-patch14"
@@ -30,6 +31,8 @@ class Aesthetic(Metric):
 
     name = "aesthetic"
     title = "Aesthetic"
+    reads = "image"
+    columns = (Column(name, title, order=4, averaged=True),)
     version: ClassVar[str] = "LAION aesthetic predictor V2 (MLP)"
     file: ClassVar[str] = "sac+logos+ava1-l14-linearMSE.pth"
     bundled: ClassVar[str] = "aesthetic/head.safetensors"

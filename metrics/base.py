@@ -1,13 +1,15 @@
-"""The contract of a metric: one number for every (image, prompt), and a record of how it was obtained."""
+"""The contract of a metric: numbers for every (image, prompt), what they mean, and a record of how they came about."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from bench.digests import content_digest
 from bench.errors import BenchError, first_line
 from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
+from metrics.columns import Column, Reads
 
 SETTINGS_FILES = ("config.json", "open_clip_config.json", "med_config.json", "preprocessor_config.json",
                   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
@@ -38,15 +41,34 @@ class Published(NamedTuple):
     size: str
 
 
+class Cost(NamedTuple):
+    """Operations of one image with its prompt, and bytes of weights."""
+
+    flops: int
+    weights: int
+
+
 class Metric(ABC):
-    """Scores images against their prompts. Higher is better."""
+    """Scores images against their prompts."""
 
     name: ClassVar[str]
     """The name in suites, tables and on the command line."""
     title: ClassVar[str]
     """The name shown to people."""
+    reads: ClassVar[Reads] = "image and prompt"
+    """What a score depends on."""
+    columns: ClassVar[tuple[Column, ...]]
+    """What it gives for every image; by default one number of the metric's name and title, the better the higher."""
     published: ClassVar[Published | None] = None
     """What `weights="official"` stands for."""
+    cost: ClassVar[Cost | None] = None
+    """What a score costs with other weights than "mini", which a plan does not load to see; None: not known."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class of a name of its own does not inherit the columns of another name."""
+        super().__init_subclass__(**options)
+        if "name" in vars(cls) and "columns" not in vars(cls):
+            cls.columns = (Column(cls.name, getattr(cls, "title", cls.name)),)
 
     @classmethod
     @abstractmethod
@@ -54,16 +76,49 @@ class Metric(ABC):
         """Load the model once. `weights`: "mini" (bundled), "official", a path or a Hugging Face repository."""
 
     @abstractmethod
-    def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray:
-        """Score image i against prompt i, without gradients: float32 [N]."""
+    def score(self, images: Images, prompts: Sequence[str]) -> np.ndarray | dict[str, np.ndarray]:
+        """Score image i against prompt i, without gradients: float32 [N]; of several columns, that by column's name."""
 
     @abstractmethod
-    def info(self) -> dict[str, str]:
+    def info(self) -> dict[str, Any]:
         """What makes two scores comparable: version, checkpoint, scale, preprocessing, truncates, precision."""
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many of these prompts lose their end before they are read."""
         return 0
+
+    @classmethod
+    def table_columns(cls) -> tuple[Column, ...]:
+        """Its columns by the names that tables know them by."""
+        if len(cls.columns) == 1:
+            return (replace(cls.columns[0], name=cls.name),)
+        return tuple(replace(column, name=f"{cls.name}/{column.name}") for column in cls.columns)
+
+    @classmethod
+    def description(cls) -> dict[str, Any]:
+        """What protocol.json says of it beside `info`: how its numbers are called and read, which changes none."""
+        return {"title": cls.title, "reads": cls.reads, "columns": [asdict(column) for column in cls.table_columns()]}
+
+    @classmethod
+    def weights_of(cls, options: Mapping[str, Any]) -> str:
+        """The weights that these options of `load` name, or its default; "mini" where it takes none."""
+        taken = signature(cls.load).parameters.get("weights")
+        return str(options.get("weights", taken.default if taken else "mini"))
+
+    def table_scores(self, images: Images, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """`score` by the names of `table_columns`: float32 [N] each. Raises BenchError where it is not as declared."""
+        scores = self.score(images, prompts)
+        by_name = scores if isinstance(scores, dict) else {self.columns[0].name: scores}
+        declared = [column.name for column in self.columns]
+        if sorted(by_name) != sorted(declared):
+            raise BenchError(f"metric '{self.name}' declares the columns {', '.join(declared)}, but its score gave "
+                             f"{', '.join(map(str, by_name)) if isinstance(scores, dict) else 'one array'}")
+        shaped = {name: np.asarray(values, np.float32) for name, values in by_name.items()}
+        for name, values in shaped.items():
+            if values.shape != (len(prompts),):
+                raise BenchError(f"metric '{self.name}': {name} has shape {list(values.shape)} for {len(prompts)} "
+                                 "images; one number an image is expected")
+        return {column.name: shaped[own] for column, own in zip(self.table_columns(), declared, strict=True)}
 
 
 def check_lengths(images: Images, prompts: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from metrics.base import Published
 from metrics.clip_family import H14_REPOSITORY, OPEN_CLIP, ClipBackbone, CosineMetric
+from metrics.columns import Column
 from metrics.open_clip_format import VIT_H_14, VIT_L_14
 
 
@@ -18,6 +19,7 @@ class CLIPScore(CosineMetric):
 
     name = "clip"
     title = "CLIP"
+    columns = (Column(name, title, order=5),)
     version = "CLIP cosine"
     published = Published(H14_REPOSITORY, None, "3.9 GB")
     architecture: ClassVar[dict] = VIT_H_14

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from metrics.base import Published
 from metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric, Reading
+from metrics.columns import Column
 
 
 class HPSv2(CosineMetric):
@@ -16,6 +17,7 @@ class HPSv2(CosineMetric):
 
     name = "hpsv2"
     title = "HPS v2"
+    columns = (Column(name, title, order=2, averaged=True),)
     version = "HPS v2.0"
     published = Published("xswu/HPSv2", "HPS_v2_compressed.pt", "3.9 GB")
     bundled: ClassVar[str] = "hpsv2/hpsv2.pt"

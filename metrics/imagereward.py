@@ -16,6 +16,7 @@ from bench.progress import track
 from metrics import blip
 from metrics.aesthetic import head_layers, head_sizes
 from metrics.base import Images, Metric, Published, check_lengths, checkpoint_digest, find_weights
+from metrics.columns import Column
 from metrics.open_clip_format import read_checkpoint
 from metrics.pixels import ShortestSide
 from metrics.sharing import even_batches, pixel_batches
@@ -48,6 +49,7 @@ class ImageReward(Metric):
 
     name = "imagereward"
     title = "ImageReward"
+    columns = (Column(name, title, order=3, averaged=True),)
     published = Published("THUDM/ImageReward", "ImageReward.pt", "1.8 GB")
 
     def __init__(self, network: Network, tokenizer: BertTokenizer, checkpoint: str, device: str = "cpu",

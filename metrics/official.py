@@ -20,7 +20,7 @@ from transformers import CLIPModel
 from bench.hub import is_hub_id
 from bench.mini import MINI_WEIGHTS
 from metrics import aesthetic, blip, clip_family, hpsv2, imagereward, pickscore
-from metrics.base import Metric, Published
+from metrics.base import Cost, Metric, Published
 from metrics.clip import CLIPScore, CLIPScoreL14
 from metrics.open_clip_format import VIT_H_14, VIT_L_14, clip_config
 
@@ -55,6 +55,8 @@ MINI_FILES: dict[str, tuple[str, ...]] = {
     "aesthetic_v1": (aesthetic.AestheticV1.bundled, "clip/model.safetensors"),
     "clip": ("clip/model.safetensors",),
     "clip_l14": ("clip/model.safetensors",),
+    "judge": ("judge/judge.safetensors",),
+    "judge2": ("judge2/judge.safetensors",),
 }
 """What `weights: mini` reads, below the folder of the bundled weights."""
 
@@ -130,13 +132,6 @@ def _cached(item: Published) -> Path | None:
 
 
 # --- what a score costs ---
-
-class Cost(NamedTuple):
-    """Operations of one image with its prompt, and bytes of fp32 weights."""
-
-    flops: int
-    weights: int
-
 
 def cost(names: Iterable[str]) -> Cost:
     """Of these metrics together; a model that several of them use runs once, over the prompt if any asks for it."""

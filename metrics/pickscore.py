@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from metrics.base import Published
 from metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric
+from metrics.columns import Column
 
 
 class PickScore(CosineMetric):
@@ -11,6 +12,7 @@ class PickScore(CosineMetric):
 
     name = "pickscore"
     title = "PickScore"
+    columns = (Column(name, title, order=1, averaged=True),)
     version = "PickScore v1"
     published = Published("yuvalkirstain/PickScore_v1", None, "3.9 GB")
 

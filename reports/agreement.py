@@ -13,7 +13,7 @@ The three are told together: a metric may order a handful of models well and see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -33,10 +33,11 @@ FEWEST, WORK = 100, 8_000_000  # of many rows there are fewer resamples, about W
 # is narrow, and 100 place its ends within a sixth of its width
 CHUNK = 1_000_000  # rows ranked at a time: a few tens of MB
 COLUMNS = ["prompt_set", "guidance", "unit", "first", "second", "spearman", "low", "high", "kendall", "n",
-           "n_prompts", "told_apart", "opposed", "opposed_models", "protocol"]
+           "n_prompts", "told_apart", "opposed", "opposed_models", "protocol", "first_title", "second_title", "beside"]
 NOTE = (
     "Spearman's rank correlation; [low, high]: 95 % interval, bootstrap over prompts, for these models and training "
-    "seeds. Over changes to base: prompt by prompt, all models together. Told apart: pairs of models that both tell "
+    "seeds; where less is better, of the negative. Over changes to base: prompt by prompt, all models together. Told "
+    "apart: pairs of models that both tell "
     f"apart; opposed: those of them that the two rank the other way round. {RULE}"
 )
 
@@ -46,7 +47,8 @@ def table(runs: Runs, prompt_set: str | None = None, guidance: float | None = No
     """One row for each setting, unit and pair of metrics (columns: COLUMNS); arguments as `tables.table`'s.
 
     spearman, low, high: rank correlation and its interval. kendall: tau-b. n: images, changes or models compared.
-    told_apart, opposed, opposed_models (units of models only): see above; "A > B" is what `first` says.
+    told_apart, opposed, opposed_models (units of models only): see above; "A > B" is what `first` says. beside: whether
+    it is a learned metric beside what decides who won by the truth (`columns.lead`), which comes second.
     """
     protocol = protocol or tables.default_protocol(runs)
     tables.one_of(protocol, stats.PROTOCOLS, "protocol")
@@ -75,32 +77,36 @@ def matrix(rows: pd.DataFrame, unit: str) -> pd.DataFrame:
 
 def _setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], protocol: str) -> pd.DataFrame:
     scores = tables.group_scores(runs, group)
-    there = [name for name in metrics if name in scores.metrics]
-    columns = [scores.metrics.index(name) for name in there]
-    read = stats.per_prompt(scores, protocol)[..., columns]
-    values = {"images": _images(scores, columns), "changes": _changes(scores, read)}
+    there = [scores.column(name) for name in metrics if name in scores.metrics]
+    places, lead = [scores.columns.index(column) for column in there], tables.lead_column(runs)
+    signs = np.array([column.sign for column in there])
+    read = signs * stats.per_prompt(scores, protocol)[..., places]
+    values = {"images": _images(scores, places, signs), "changes": _changes(scores, read)}
     found = [(unit, *row) for unit, (rows, prompts) in values.items()
              for row in _over_rows(rows, prompts, len(scores.prompts))]
     found += [("models", *row) for row in _over_models(read)]
-    told = _told_apart(runs, group, there, protocol) if len(scores.models) > 1 else {}
+    names = [column.name for column in there]
+    told = _told_apart(runs, group, names, protocol) if len(scores.models) > 1 else {}
     rows = []
     for unit, first, second, *estimate, kendall, n in found:
-        pair = (there[first], there[second])
-        apart = told[pair] if unit == "models" and told else (pd.NA, pd.NA, "")
-        rows.append((*group, unit, *pair, *estimate, kendall, n, len(scores.prompts), *apart, protocol))
+        pair = there[first], there[second]
+        apart = told[names[first], names[second]] if unit == "models" and told else (pd.NA, pd.NA, "")
+        beside = lead.truth and pair[1] == lead and not pair[0].truth
+        rows.append((*group, unit, names[first], names[second], *estimate, kendall, n, len(scores.prompts), *apart,
+                     protocol, *map(layouts.spoken_name, pair), beside))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"told_apart": "Int64", "opposed": "Int64"})
 
 
 # --- what is compared ---
 
-def _images(scores: stats.Scores, columns: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def _images(scores: stats.Scores, places: Sequence[int], signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores of every image [N, metrics] and the prompt of each [N]; an untrained model counts once."""
-    values = scores.values[..., columns].copy()
+    values = signs * scores.values[..., places]
     for index, model in enumerate(scores.models):
         if model in scores.untrained:
             values[index, 1:] = np.nan
     prompts = np.broadcast_to(np.arange(len(scores.prompts))[:, None], values.shape[:-1])
-    return _known(values.reshape(-1, len(columns)), prompts.ravel())
+    return _known(values.reshape(-1, len(places)), prompts.ravel())
 
 
 def _changes(scores: stats.Scores, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -256,19 +262,24 @@ def _text(heading: str, header: list[str], body: list[list[str]]) -> str:
 def _blocks(rows: pd.DataFrame, escaped: Callable[[str], str]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(heading, header, body) of one setting."""
     where = caption(rows)
-    names = list(dict.fromkeys([*rows["first"], *rows["second"]]))
-    if tables.JUDGE_PARTS[0] in names:
-        yield (f"agreement with the judge's {layouts.metric_title(tables.JUDGE_PARTS[0])} · {where}",
-               *with_judge(rows))
+    beside = _beside_judge(rows)
+    if len(beside):
+        yield f"agreement with {judged(rows)} · {where}", *with_judge(rows)
         yield from _opposed_block(rows, where, escaped)
     for unit in UNITS:
         square = matrix(rows, unit)
         if len(square):
-            titles = [layouts.spoken_name(name) for name in square]
+            titles = titled(rows, square)
             body = [[title, *(_number(value) for value in line)]
                     for title, line in zip(titles, square.to_numpy(), strict=True)]
-            header = ["metric", *map(layouts.metric_title, square)]
-            yield f"agreement of all with all, {UNIT_TITLES[unit]} · {where}", header, body
+            yield f"agreement of all with all, {UNIT_TITLES[unit]} · {where}", ["metric", *titles], body
+
+
+def titled(rows: pd.DataFrame, names: Iterable[str]) -> list[str]:
+    """What these columns are called where nothing else says whose they are."""
+    known = {**dict(zip(rows["first"], rows["first_title"], strict=True)),
+             **dict(zip(rows["second"], rows["second_title"], strict=True))}
+    return [known[name] for name in names]
 
 
 def caption(rows: pd.DataFrame) -> str:
@@ -284,13 +295,13 @@ def with_judge(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     header = ["metric", *(f"{title}, n {layouts.span(counts[unit])}" if unit in counts else title
                           for unit, title in UNIT_TITLES.items()), "told apart by both", "opposed"]
     body = []
-    for metric, own in beside.groupby("first", sort=False):
+    for title, own in beside.groupby("first_title", sort=False):
         by = own.set_index("unit")
         line = [_estimate(by.loc[unit]) if unit in by.index else "-" for unit in UNITS]
         apart = ["-", "-"]
         if "models" in by.index and pd.notna(by.loc["models", "told_apart"]):
             apart = [str(by.loc["models", name]) for name in ("told_apart", "opposed")]
-        body.append([layouts.metric_title(str(metric)), *line, *apart])
+        body.append([str(title), *line, *apart])
     return header, body
 
 
@@ -303,7 +314,7 @@ def sentence(rows: pd.DataFrame) -> str:
     for unit, own in _beside_judge(rows).dropna(subset="spearman").groupby("unit", sort=False):
         sides = {"with the judge": own["low"] > 0, "against it": own["high"] < 0,
                  "neither": (own["low"] <= 0) & (own["high"] >= 0)}
-        named = {side: ", ".join(map(layouts.metric_title, own.loc[there, "first"])) for side, there in sides.items()}
+        named = {side: ", ".join(own.loc[there, "first_title"]) for side, there in sides.items()}
         said.append(f"{LEVELS[unit]} " + "; ".join(f"{side}: {names}" for side, names in named.items() if names) + ".")
     return " ".join(said)
 
@@ -311,7 +322,7 @@ def sentence(rows: pd.DataFrame) -> str:
 def opposed(rows: pd.DataFrame) -> dict[str, str]:
     """Title of a metric -> the pairs of models that it and the judge's utility rank in opposite ways."""
     own = _beside_judge(rows)
-    return {layouts.metric_title(row.first): row.opposed_models for row in own.itertuples() if row.opposed_models}
+    return {row.first_title: row.opposed_models for row in own.itertuples() if row.opposed_models}
 
 
 def _opposed_block(rows: pd.DataFrame, where: str, escaped: Callable[[str], str]) -> Iterator[tuple]:
@@ -320,9 +331,14 @@ def _opposed_block(rows: pd.DataFrame, where: str, escaped: Callable[[str], str]
         yield f"opposed to the judge, both clear of 0 · {where}", ["metric", "says, and the judge the reverse"], body
 
 
+def judged(rows: pd.DataFrame) -> str:
+    """ "the judge's utility"."""
+    return "the judge's " + str(_beside_judge(rows)["second_title"].iloc[0]).removeprefix(layouts.JUDGED)
+
+
 def _beside_judge(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of a learned metric and the judge's utility; the judge always comes second."""
-    return rows[~rows["first"].str.startswith(stats.JUDGE) & (rows["second"] == tables.JUDGE_PARTS[0])]
+    return rows[rows["beside"].astype(bool)]
 
 
 def _estimate(row: pd.Series) -> str:

@@ -82,7 +82,9 @@ def told_apart(settings: Sequence[stats.Scores], metric: str, stat: str, protoco
     known = every["p"].notna()
     every.loc[known, "p_holm"] = holm(every.loc[known, "p"])
     clear = (every["p_holm"] < ALPHA) & (every["size"] >= NEGLIGIBLE)
-    higher = (every["value"] > _even(stat)) == stats.higher_is_better(metric)
+    # a win rate knows which way is better already
+    upwards = stat == "winrate" or all(s.column(metric).higher_is_better for s in settings if metric in s.metrics)
+    higher = (every["value"] > _even(stat)) == upwards
     every["better"] = every["first"].where(higher, every["second"]).where(clear, "")
     found = []
     for i, scores in enumerate(settings):

@@ -13,11 +13,13 @@ from reports.load import BASE
 from reports.plots import INK, panel, quiet, spoken, svg
 
 
-def radar(values: pd.DataFrame, palette: dict[str, str]) -> str:
+def radar(values: pd.DataFrame, palette: dict[str, str], higher_is_better: Sequence[bool]) -> str:
     """The paper's Figure 4: models [rows] by metrics [columns], each axis from its worst to its best model."""
     figure, axes = panel(4.4, 3.9, "polar")
     spread = (values.max() - values.min()).replace(0, 1)
-    scaled = 0.15 + 0.85 * (values - values.min()) / spread
+    risen = (values - values.min()) / spread
+    better = pd.DataFrame(np.where(higher_is_better, risen, 1 - risen), risen.index, risen.columns)
+    scaled = 0.15 + 0.85 * better
     angles = [2 * math.pi * i / len(values.columns) for i in range(len(values.columns))]
     for model, row in scaled.iterrows():
         closed = [*row, row.iloc[0]]
@@ -81,8 +83,11 @@ def agreement(matrix: np.ndarray, names: Sequence[str]) -> str:
     return svg(figure, "Rank correlation of metrics: " + "; ".join(pairs))
 
 
-def distributions(differences: dict[str, np.ndarray], palette: dict[str, str], label: str) -> str:
-    """Per-prompt differences to the base: for each model the middle half, the middle 90 % and the median."""
+def distributions(differences: dict[str, np.ndarray], palette: dict[str, str], label: str, sign: int = 1) -> str:
+    """Per-prompt differences to the base: for each model the middle half, the middle 90 % and the median.
+
+    sign: of a gain, -1 where less is better.
+    """
     figure, axes = panel(4.6, 0.6 + 0.34 * len(differences))
     words = []
     for height, (model, values) in enumerate(reversed(differences.items())):
@@ -95,7 +100,7 @@ def distributions(differences: dict[str, np.ndarray], palette: dict[str, str], l
         axes.plot(edges[[1, 3]], [height, height], color=palette[model], linewidth=4, solid_capstyle="butt")
         axes.plot(edges[2], height, "o", color=palette[model], markersize=6)
         words.append(f"{model}: median {edges[2]:+.3g}, middle 90 % from {edges[0]:+.3g} to {edges[4]:+.3g}, "
-                     f"better on {np.mean(values > 0):.0%}")
+                     f"better on {np.mean(sign * values > 0):.0%}")
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(differences)), list(differences)[::-1])
     axes.set_xlabel(f"{label}: difference to base, prompt by prompt")

@@ -1,4 +1,4 @@
-"""How tidy rows look as text, Markdown and LaTeX: models down, metrics across, the judge in a block apart.
+"""How tidy rows look as text, Markdown and LaTeX: models down, columns across, the judge's in a block apart.
 
 A mark (a star, bold) stands for a test: see `note`. Where nothing is told apart, nothing is marked.
 """
@@ -12,20 +12,11 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from metrics.columns import Column
 from reports.apart import CHECKPOINTS, METHODS, RULE
 from reports.load import BASE
-from reports.stats import AVERAGE, JUDGE, ZSCORE
 
 WIDTH = 118
-TITLES = {
-    "pickscore": "PickScore",
-    "hpsv2": "HPSv2",
-    "imagereward": "ImageReward",
-    "aesthetic": "Aesthetic",
-    "clip": "CLIP",
-    AVERAGE: "Average",
-    ZSCORE: "Mean z-score",
-}
 STATS = {"mean": "mean", "median": "median", "winrate": "win rate, %"}
 PROTOCOLS = {
     "one": "one image a prompt",
@@ -51,32 +42,40 @@ LATEX = {
     "|": "$|$",
     "·": r"$\cdot$",
     "†": r"$^\dagger$",
+    "↓": r"$\downarrow$",
     "\u2212": "$-$",
 }
 
 
-def metric_title(name: str) -> str:
-    """A metric's column heading; a judge reading loses its prefix (its block names the judge)."""
-    return TITLES.get(name, name.removeprefix(JUDGE))
+JUDGED = "judge: "
 
 
-def spoken_name(metric: str) -> str:
-    """A metric's name where no block says whether it is the judge's."""
-    return ("judge: " if metric.startswith(JUDGE) else "") + metric_title(metric)
+def spoken_name(column: Column) -> str:
+    """A column's title where no block says whether it is the judge's."""
+    return (JUDGED if column.truth else "") + column.title
+
+
+def column_of(rows: pd.DataFrame) -> Column:
+    """The column that tidy rows of one metric are of, as far as it matters to a layout."""
+    first = rows.iloc[0]
+    return Column(first["metric"], first["title"], first["unit"], bool(first["higher_is_better"]),
+                  truth=bool(first["truth"]))
 
 
 def column_digits(rows: pd.DataFrame) -> int:
     """Decimals of a column: those that show its typical interval's width with two figures, from one to five.
 
     Where rows have the metric's spread between prompts, none finer than about its thousandth: what is smaller is
-    nothing, and reads as 0.
+    nothing, and reads as 0. A mean or median has no more than its metric declares; differences are finer.
     """
     if rows.empty:
         return 3
     width = float((rows["high"] - rows["low"]).median())
     places = 1 - math.floor(math.log10(width)) if width > 0 else 3
     spread = float(rows["spread"].median()) if "spread" in rows else 0.0
-    return min(5, max(1, min(places, round(3 - math.log10(spread))) if spread > 0 else places))
+    places = min(5, max(1, min(places, round(3 - math.log10(spread))) if spread > 0 else places))
+    declared = rows.loc[rows["against"] == "", "decimals"] if {"against", "decimals"} <= set(rows) else pd.Series()
+    return int(min(places, declared.dropna().min())) if declared.notna().any() else places
 
 
 def number(value: float, places: int, sign: str = "") -> str:
@@ -141,7 +140,7 @@ def blocks(tidy: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """(heading, rows) for each prompt set and guidance: the metrics, then the judge."""
     found = []
     for _, group in tidy.groupby(["prompt_set", "guidance"], sort=False):
-        judged = group["metric"].str.startswith(JUDGE)
+        judged = group["truth"].astype(bool)
         for rows, prefix in ((group[~judged], ""), (group[judged], f"{JUDGE_TITLE}: ")):
             if len(rows):
                 found.append((prefix + caption(rows), rows))
@@ -152,7 +151,7 @@ def cells(rows: pd.DataFrame, mark: Callable[[str, str, bool], str]) -> tuple[li
     """Header and body of one block; mark(value, interval, whether it is ahead) writes a cell."""
     models = list(dict.fromkeys(rows["model"]))
     header, columns = ["model"], [models]
-    for metric, part in rows.groupby("metric", sort=False):
+    for _, part in rows.groupby("metric", sort=False):
         scale = 100 if part["stat"].iloc[0] == "winrate" else 1
         scaled = part.assign(**{name: part[name] * scale for name in ("value", "low", "high")})
         places = column_digits(scaled)
@@ -161,7 +160,7 @@ def cells(rows: pd.DataFrame, mark: Callable[[str, str, bool], str]) -> tuple[li
             row.model: mark(number(row.value, places, sign), interval(row.low, row.high, places, sign), row.ahead)
             for row in scaled.itertuples()
         }
-        header.append(metric_title(str(metric)))
+        header.append(column_of(part).heading)
         columns.append([found.get(model, "-") for model in models])
     return header, [list(row) for row in zip(*columns, strict=True)]
 

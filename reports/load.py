@@ -15,8 +15,9 @@ from bench import runs as stored
 from bench import verify
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
 from bench.runs import Result
-from bench.suites import Suite
-from reports import foreign
+from bench.suites import Suite, of_before
+from metrics.columns import Column
+from reports import columns, foreign
 
 BASE = stored.BASE.method
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]
@@ -35,6 +36,7 @@ INCIDENTAL = {
     "evaluation.batch_size",
     "evaluation.protocol",
 }
+DESCRIPTION = ("title", "reads", "columns")  # of a metric in the protocol: no number depends on it
 
 
 @dataclass
@@ -44,8 +46,8 @@ class Runs:
     scores: long table, one row a score: run, model (label), method, iteration, step (optimizer steps since the
     base), train_seed (NA for the base), prompt_set, prompt_id, seed (of sampling), guidance, metric, value.
     history: the logged training signals with run, model (the first result that a row leads to) and train_seed.
-    models: what each label stands for, in the order of tables. problems: one line for each thing left out or in
-    doubt.
+    models: what each label stands for, in the order of tables. columns: what stands in metric, in the order of every
+    table. problems: one line for each thing left out or in doubt.
     """
 
     scores: pd.DataFrame
@@ -54,6 +56,7 @@ class Runs:
     costs: dict[str, dict]
     folders: dict[str, Path]
     models: dict[str, Result]
+    columns: tuple[Column, ...]
     problems: list[str] = field(default_factory=list)
     arrays: dict = field(default_factory=dict, repr=False)  # scores by setting, kept by tables.group_scores
     agreements: dict = field(default_factory=dict, repr=False)  # kept by agreement.setting
@@ -75,6 +78,10 @@ class Runs:
         }
         order = list(self.evaluation.get("prompt_sets", {}))
         return sorted(found, key=lambda g: (order.index(g[0]) if g[0] in order else len(order), g))
+
+    def column(self, metric: str) -> Column:
+        """What is known of a metric's column, or of an average."""
+        return next(column for column in (*self.columns, *columns.AVERAGES) if column.name == metric)
 
     def title(self, method: str) -> str:
         titles = (p.get("method_title") for p in self.protocols.values() if p.get("method") == method)
@@ -166,7 +173,7 @@ def _reason(error: Exception) -> str:
 
 def _read(folder: Path, problems: list[str]) -> dict[str, Any]:
     verify.expect_whole(folder, verify.record_damage(folder))
-    protocol = _json(folder / "protocol.json")
+    protocol = _judge_as_metric(_json(folder / "protocol.json"))
     if not (folder / "scores.parquet").exists():
         raise ValueError("no scores.parquet (unfinished?)")
     scores = pd.read_parquet(folder / "scores.parquet")
@@ -233,6 +240,13 @@ def _json(path: Path) -> dict:
     return value
 
 
+def _judge_as_metric(protocol: dict) -> dict:
+    """The protocol of a run from when the judge was no metric yet, as it is written now."""
+    if not isinstance(protocol.get("judge"), dict):
+        return protocol
+    return {**protocol, "metrics": {**protocol.get("metrics", {}), "judge": protocol["judge"]}, "judge": None}
+
+
 def _history(folder: Path, seed: int) -> pd.DataFrame:
     path = folder / "history.parquet"
     history = (
@@ -251,6 +265,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _with_defaults(suite: dict) -> dict:
     """A suite written before a setting existed was run with what is now its default."""
+    suite = of_before(suite)
     try:
         return Suite.model_validate(suite).model_dump(mode="json")
     except ValidationError:
@@ -261,10 +276,9 @@ def _shared(run: dict) -> dict[str, Any]:
     """What must be equal in every row of a comparison, flattened to dotted keys."""
     rooms = {
         name: run["suite"].get(name)
-        for name in ("model", "data", "train", "opponent", "evaluation", "judge", "metric_options")
+        for name in ("model", "data", "train", "opponent", "evaluation", "metric_options")
     }
     rooms["weights"] = run["protocol"].get("model")
-    rooms["judge_network"] = run["protocol"].get("judge")
     return {key: value for key, value in _flat(rooms).items() if key not in INCIDENTAL}
 
 
@@ -297,7 +311,7 @@ def _mismatch(run: dict, kept: list[dict]) -> str:
     different = [key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key)]
     if different:
         return f"another suite than {anchor['id']}: {_differences(different, mine, theirs)}"
-    mine, theirs = (_flat(r["protocol"].get("metrics", {})) for r in (run, anchor))
+    mine, theirs = (_flat(_scorers(r)) for r in (run, anchor))
     different = [key for key in mine if key in theirs and mine[key] != theirs[key]]
     if different:
         return f"other scorers than {anchor['id']}: {_differences(different, mine, theirs)}"
@@ -310,6 +324,12 @@ def _mismatch(run: dict, kept: list[dict]) -> str:
         if different:
             return f"{method} with other settings than {same['id']}: {_differences(different, mine, theirs)}"
     return ""
+
+
+def _scorers(run: dict) -> dict[str, dict]:
+    """How each metric's numbers came about; how they are called and shown may differ."""
+    return {name: {key: value for key, value in info.items() if key not in DESCRIPTION}
+            for name, info in run["protocol"].get("metrics", {}).items()}
 
 
 def _differences(keys: list[str], mine: dict, theirs: dict) -> str:
@@ -337,6 +357,7 @@ def _join(kept: list[dict], problems: list[str]) -> Runs:
         {run["id"]: run["cost"] for run in kept},
         {run["id"]: run["folder"] for run in kept},
         {},
+        columns.described(protocols.values(), scores["metric"].unique()),
         problems,
     )
     runs.models = _labels(runs, [result for run in kept for result in run["results"]])

@@ -12,7 +12,6 @@ from reports import cost, layouts, plots, sections, tables
 from reports.apart import RULE
 from reports.load import Runs
 from reports.pictures import AMOUNTS, Amount, gallery
-from reports.stats import JUDGE
 from reports.verdict import headline, verdicts
 
 MAX_MB = 20.0  # what most mail servers take
@@ -71,7 +70,7 @@ def context(runs: Runs) -> dict[str, Any]:
     palette = plots.colours(runs.models)
     found = verdicts(runs)
     prices = cost.costs(runs)
-    lead = tables.lead_metric(runs)
+    lead = tables.lead_column(runs)
     return {
         "suite": runs.protocol.get("suite", {}),
         "protocol": runs.protocol,
@@ -80,8 +79,8 @@ def context(runs: Runs) -> dict[str, Any]:
         "palette": palette,
         "problems": runs.problems,
         "groups": runs.groups,
-        "lead": layouts.metric_title(lead),
-        "judged": lead.startswith(JUDGE),
+        "lead": lead.title,
+        "judged": lead.truth,
         "judge_title": layouts.JUDGE_TITLE,
         "rule": RULE,
         "one_seed": layouts.ONE_SEED,
@@ -96,7 +95,7 @@ def context(runs: Runs) -> dict[str, Any]:
         "settings": [sections.setting(runs, one, palette, lead) for one in found],
         "papers": sections.paper_tables(runs),
         "training": sections.training(runs, palette),
-        "names": layouts.spoken_name,
+        "names": lambda name: layouts.spoken_name(runs.column(name)),
         "training_models": [model for model in runs.models if model in set(runs.history["model"])],
     }
 

@@ -183,7 +183,7 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
     first = tidy.iloc[0]
     there = [COLUMNS[name] for name in COLUMNS if name in scores.metrics and name != stats.AVERAGE]
     gone = [COLUMNS[name] for name in COLUMNS if name not in scores.metrics and name != stats.AVERAGE]
-    chosen_by = "average" if stats.AVERAGE in scores.metrics else layouts.spoken_name(scores.metrics[0])
+    chosen_by = "average" if stats.AVERAGE in scores.metrics else layouts.spoken_name(scores.columns[0])
     done = tidy[tidy["n_prompts"] > 0]
     images = len(scores.image_seeds)
     reading = {"one": "one image a prompt", "mean": f"mean of {images} images a prompt",

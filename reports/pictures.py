@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.runs import Result
-from reports import stats
+from metrics.columns import Column
 from reports.load import BASE, Runs, prompt_texts
-from reports.tables import lead_metric, metric_names
+from reports.tables import lead_column
 
 SMALL = 128  # up to here every pixel counts: kept without loss, enlarged without smoothing
 
@@ -89,7 +89,6 @@ def gallery(
     ]
     if not there:
         return None
-    lead = lead_metric(runs)
     values = rows.pivot_table("value", "prompt_id", ["metric", "model"], observed=True)
     texts = prompt_texts(runs, group[0])
 
@@ -101,12 +100,12 @@ def gallery(
         return Row(texts.get(prompt, f"prompt {prompt}"), shown, change)
 
     extremes = []
-    for metric in [lead, *(m for m in metric_names(runs) if not m.startswith(stats.JUDGE) and m != lead)]:
-        changes = _changes(values, metric, best, there)
-        wins = [row(p, c) for p, c in changes[::-1][: amount.extremes] if c > 0]
-        losses = [row(p, c) for p, c in changes[: amount.extremes] if c < 0]
+    for column in _shown(runs):
+        changes = _changes(values, column, best, there)
+        wins = [row(p, c) for p, c in changes[::-1][: amount.extremes] if column.sign * c > 0]
+        losses = [row(p, c) for p, c in changes[: amount.extremes] if column.sign * c < 0]
         if wins or losses:
-            extremes.append((metric, wins, losses))
+            extremes.append((column.name, wins, losses))
     trained = {m: int(first[m]) for m in models if m != BASE and m in first.index}
     return Gallery(models, [row(p) for p in there[: amount.rows]], extremes, int(seeds[0]), trained)
 
@@ -120,24 +119,39 @@ def picture_folder(run: Path, group: tuple[str, float], result: Result) -> Path 
     return None
 
 
-def _changes(values, metric: str, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
-    """(prompt, metric of the best model minus the base's) for prompts with pictures, ascending."""
+def _shown(runs: Runs) -> list[Column]:
+    """What a picture is told by: what decides who won, then every learned metric."""
+    lead = lead_column(runs)
+    return [lead, *(column for column in runs.columns if not (column.truth or column.detail) and column != lead)]
+
+
+def _changes(values, column: Column, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
+    """(prompt, score of the best model minus the base's) for prompts with pictures, from the worst to the best."""
+    metric = column.name
     if best == BASE or (metric, BASE) not in values or (metric, best) not in values:
         return []
-    change = (values[(metric, best)] - values[(metric, BASE)]).loc[list(there)].dropna().sort_values()
+    change = (values[(metric, best)] - values[(metric, BASE)]).loc[list(there)].dropna()
+    change = change.sort_values(ascending=column.higher_is_better)
     return [(str(prompt), float(gain)) for prompt, gain in change.items()]
 
 
 def _captions(runs: Runs, values, prompt: str, model: str) -> list[tuple[str, str]]:
     """What stands under a picture: the judge's utility, then the metrics."""
     found = []
-    for metric in [lead_metric(runs), *metric_names(runs)]:
-        if (metric.startswith(stats.JUDGE) and metric != lead_metric(runs)) or (metric, model) not in values:
+    for column in _shown(runs):
+        if (column.name, model) not in values:
             continue
-        value = values[(metric, model)].get(prompt)
+        value = values[(column.name, model)].get(prompt)
         if value == value and value is not None:
-            found.append((metric, f"{value:#.3g}" if abs(value) < 10 else f"{value:.2f}"))
-    return list(dict(found).items())
+            found.append((column.name, _written(value, column.decimals)))
+    return found
+
+
+def _written(value: float, decimals: int | None) -> str:
+    """With the decimals that its metric declares, else three digits, or two decimals from 10 on."""
+    if decimals is not None:
+        return f"{value:.{decimals}f}"
+    return f"{value:#.3g}" if abs(value) < 10 else f"{value:.2f}"
 
 
 def _picture(

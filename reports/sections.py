@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 
 from methods.signals import LOSS
+from metrics.columns import Column
 from reports import agreement, charts, cost, layouts, paper, plots, stats, tables
 from reports.layouts import spoken_name
 from reports.load import BASE, Runs
 from reports.signals import declared
 from reports.signatures import signatures
-from reports.stats import AVERAGES, JUDGE
+from reports.stats import AVERAGES
 from reports.verdict import Verdict
 
 
@@ -56,7 +57,7 @@ HEAT_MAPS = {
 }
 
 
-def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: str) -> dict[str, Any]:
+def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: Column) -> dict[str, Any]:
     """Everything of one setting but its pictures, by the names the template uses."""
     names = [*tables.metric_names(runs), *tables.averaged(runs)]
     where = {"prompt_set": verdict.group[0], "guidance": verdict.group[1], "metrics": names}
@@ -66,19 +67,19 @@ def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: str) ->
     if BASE in runs.models and len(runs.models) > 1:
         gain = tables.table(runs, "mean", BASE, **where)
         views += [_view("gain", "Difference to base", gain)]
-        found["forest"] = safe(plots.differences(gain[gain["metric"] == lead], palette, spoken_name(lead)))
+        found["forest"] = safe(plots.differences(gain[gain["metric"] == lead.name], palette, spoken_name(lead)))
         rivals = [BASE, *([rival] if (rival := _rival(runs)) else [])]
         for key, against in zip(("winrate", "rivals"), rivals, strict=False):
             rate = tables.table(runs, "winrate", against, **where)
             views.append(_view(key, f"Win rate over {against}", rate))
-            found["bars"].append((against, _panels(rate, lambda rows, name: plots.winrates(rows, palette, name))))
+            found["bars"].append((against, _panels(runs, rate, lambda rows, name: plots.winrates(rows, palette, name))))
         views.append(_tests(gain))
         views.append(_agreement_view(runs, verdict))
         found["charts"] = _charts(runs, verdict, mean, palette, lead)
     views.append(_view("median", "Median", tables.table(runs, "median", **where)))
     if any(result.iteration > 1 for result in runs.models.values()):
-        found["panels"] = _panels(mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
-    rows = mean[mean["metric"] == lead]
+        found["panels"] = _panels(runs, mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
+    rows = mean[mean["metric"] == lead.name]
     return found | {
         "name": verdict.group[0],
         "guidance": f"{verdict.group[1]:g}",
@@ -99,17 +100,15 @@ def _rival(runs: Runs) -> str | None:
     return None
 
 
-def _panels(tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
-    """(title, is a judge reading, plot) of the metrics and the judge's main parts."""
-    return [
-        (layouts.metric_title(str(metric)), str(metric).startswith(JUDGE), safe(draw(rows, spoken_name(str(metric)))))
-        for metric, rows in tidy.groupby("metric", sort=False)
-        if not str(metric).startswith(JUDGE) or metric in tables.JUDGE_PARTS
-    ]
+def _panels(runs: Runs, tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
+    """(title, is a judge reading, plot) of all columns but details."""
+    parts = [(runs.column(str(metric)), rows) for metric, rows in tidy.groupby("metric", sort=False)]
+    return [(column.title, column.truth, safe(draw(rows, spoken_name(column))))
+            for column, rows in parts if not column.detail]
 
 
 def _halves(tidy: pd.DataFrame, cells: Any) -> list[Any]:
-    judged = tidy["metric"].str.startswith(JUDGE)
+    judged = tidy["truth"].astype(bool)
     return [cells(rows) if len(rows) else None for rows in (tidy[judged], tidy[~judged])]
 
 
@@ -130,11 +129,11 @@ def _tests(gain: pd.DataFrame) -> View | None:
 
     def cells(rows: pd.DataFrame) -> tuple[list[str], list[list[Any]]]:
         models = list(dict.fromkeys(rows["model"]))
-        columns = []
+        header, columns = ["model"], []
         for _, part in rows.groupby("metric", sort=False):
+            header.append(layouts.column_of(part).heading)
             by = {row.model: Cell(_p(row.p_holm), f"finds {row.detectable:.2g}") for row in part.itertuples()}
             columns.append([by.get(model, "-") for model in models])
-        header = ["model", *(layouts.metric_title(str(m)) for m in rows["metric"].unique())]
         return header, [list(line) for line in zip(models, *columns, strict=True)]
 
     caption = "difference to base, p-value after Holm · " + " · ".join(layouts.setting(gain))
@@ -146,22 +145,24 @@ def _p(value: float) -> str:
 
 
 def _charts(
-    runs: Runs, verdict: Verdict, mean: pd.DataFrame, palette: dict[str, str], lead: str
+    runs: Runs, verdict: Verdict, mean: pd.DataFrame, palette: dict[str, str], lead: Column
 ) -> list[tuple[str, str, Any]]:
     """(title, remark, plot): radar, efficiency, agreement, distribution of differences."""
     scores, protocol = tables.group_scores(runs, verdict.group), tables.default_protocol(runs)
     found = []
-    table = mean[~mean["metric"].str.startswith(JUDGE) & (mean["metric"] != AVERAGES[0])]
+    table = mean[~mean["truth"].astype(bool) & (mean["metric"] != AVERAGES[0])]
     wide = table.pivot(index="model", columns="metric", values="value")
     wide = wide.loc[list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["metric"]))].dropna()
     if len(wide.columns) > 2 and len(wide) > 1:
-        wide.columns = [layouts.metric_title(name) for name in wide.columns]
+        axes = [runs.column(name) for name in wide.columns]
+        wide.columns = [column.heading for column in axes]
         remark = "Means; each axis runs from its worst to its best model, so it shows order, not size."
-        found.append(("Metrics at a glance", remark, safe(charts.radar(wide, palette))))
+        drawn = charts.radar(wide, palette, [column.higher_is_better for column in axes])
+        found.append(("Metrics at a glance", remark, safe(drawn)))
     paid = mean.merge(cost.costs(runs), on="model")
-    learned = [m for m in tables.metric_names(runs) if not m.startswith(JUDGE) and m != lead]
-    for metric in [lead, *learned[:1]]:
-        rows, name = paid[paid["metric"] == metric], spoken_name(metric)
+    learned = [column for column in runs.columns if not column.truth and column != lead]
+    for column in [lead, *learned[:1]]:
+        rows, name = paid[paid["metric"] == column.name], spoken_name(column)
         for along, axis in (("pairs", "pairs seen"), ("seconds", "seconds of compute, opponent's images included")):
             if rows[along].max() > 0:
                 drawn = charts.efficiency(rows, along, axis, runs.models, palette, name)
@@ -171,13 +172,13 @@ def _charts(
     for unit, remark in HEAT_MAPS.items():
         square = agreement.matrix(agreed, unit)
         if len(square) > 1:
-            drawn = charts.agreement(square.to_numpy(), [spoken_name(name) for name in square])
+            drawn = charts.agreement(square.to_numpy(), agreement.titled(agreed, square))
             found.append((f"Do the metrics agree? {agreement.UNIT_TITLES[unit].capitalize()}", remark, safe(drawn)))
-    for metric in [lead, *learned[:1]]:
-        if changes.get(metric):
+    for column in [lead, *learned[:1]]:
+        if changes.get(column.name):
             remark = "Dot: median. Thick: middle half. Thin: middle 90 %. Mean over training seeds."
-            drawn = charts.distributions(changes[metric], palette, spoken_name(metric))
-            found.append((f"{spoken_name(metric)}, prompt by prompt", remark, safe(drawn)))
+            drawn = charts.distributions(changes[column.name], palette, spoken_name(column), column.sign)
+            found.append((f"{spoken_name(column)}, prompt by prompt", remark, safe(drawn)))
     return found
 
 
@@ -189,12 +190,12 @@ def _agreement(runs: Runs, verdict: Verdict) -> pd.DataFrame:
 def _agreement_view(runs: Runs, verdict: Verdict) -> View | None:
     """Each metric beside the judge, where there is one."""
     rows = _agreement(runs, verdict)
-    if rows.empty or tables.JUDGE_PARTS[0] not in set(rows["second"]):
+    if not rows["beside"].any():
         return None
     header, body = agreement.with_judge(rows)
     pairs = agreement.opposed(rows)
     cells = [[line[0], *map(_split, line[1:-1]), Cell(line[-1], pairs.get(line[0], ""))] for line in body]
-    caption = f"rank correlation with the judge's utility · {agreement.caption(rows)}"
+    caption = f"rank correlation with {agreement.judged(rows)} · {agreement.caption(rows)}"
     note = f"{agreement.sentence(rows)} {agreement.NOTE}"
     return View("agreement", "Agreement", caption, note, None, (header, cells))
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from methods.signals import Signal
 from reports import stats
+from reports.layouts import spoken_name
 from reports.load import BASE, Runs
 from reports.pictures import picture_folder
 from reports.signals import declared, ranges
@@ -189,14 +190,13 @@ def _gaming(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[Si
         }
         for model in trained:
             if all(model in rows.index for rows in gains.values()):
-                found.append(_gamed(model, up, down, gains[up].loc[model], gains[down].loc[model]))
+                names = [spoken_name(scores.column(metric)) for metric in (up, down)]
+                found.append(_gamed(model, names, gains[up].loc[model], gains[down].loc[model]))
     return found
 
 
-def _gamed(model: str, up: str, down: str, rewarded: pd.Series, other: pd.Series) -> Signature:
-    from reports.layouts import metric_title
-
-    names = [metric_title(up), ("judge: " if down.startswith(stats.JUDGE) else "") + metric_title(down)]
+def _gamed(model: str, names: Sequence[str], rewarded: pd.Series, other: pd.Series) -> Signature:
+    """names: of what was rewarded, and of the other."""
     level, reading = GREEN, f"{names[1]} does not fall while {names[0]} rises"
     if rewarded["value"] > 0 > other["value"]:
         clear = rewarded["low"] > 0 and other["high"] < 0

@@ -15,16 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from metrics.columns import Column
+from reports import columns as described
 from reports.uncertainty import estimates
 
 BOOTSTRAP_SEED = 20240216
 PROTOCOLS = ("one", "mean", "best")
 STATS = ("mean", "median", "winrate")
-AVERAGE = "average"  # the paper's: plain mean of raw scores, in which PickScore's scale weighs most
-ZSCORE = "average_z"  # the same scores, each in units of the base model's spread over images
-AVERAGES = (AVERAGE, ZSCORE)
-PAPER_METRICS = ("hpsv2", "aesthetic", "imagereward", "pickscore")
-JUDGE = "judge/"
+AVERAGE, ZSCORE = AVERAGES = tuple(column.name for column in described.AVERAGES)
 
 
 class Estimate(NamedTuple):
@@ -39,7 +37,7 @@ class Estimate(NamedTuple):
 class Scores:
     """All scores of one prompt set at one guidance, as an array.
 
-    values: [models, training seeds, prompts, sampling seeds, metrics], NaN where there is none. A model that
+    values: [models, training seeds, prompts, sampling seeds, columns], NaN where there is none. A model that
     is not trained (the base) has its scores under every training seed and counts as one seed.
     """
 
@@ -47,17 +45,26 @@ class Scores:
     train_seeds: tuple[int, ...]
     prompts: tuple[str, ...]
     image_seeds: tuple[int, ...]
-    metrics: tuple[str, ...]
+    columns: tuple[Column, ...]
     untrained: frozenset[str]
     values: np.ndarray
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The columns' names."""
+        return tuple(column.name for column in self.columns)
 
-def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int] = ()) -> Scores:
+    def column(self, metric: str) -> Column:
+        return self.columns[self.metrics.index(metric)]
+
+
+def gather(rows: pd.DataFrame, models: Sequence[str], columns: Sequence[Column],
+           image_seeds: Sequence[int] = ()) -> Scores:
     """Long rows (model, train_seed, prompt_id, seed, metric, value), in any order, as an array.
 
-    train_seed is NA for untrained models. `image_seeds` gives the order of the sampling seeds ("one" is the
-    first). The last metrics are the scale-free mean z-score and the paper's "Average" of the raw scores, where there
-    are scores to average, see `averaged`.
+    train_seed is NA for untrained models. `columns` describes what the rows may have in metric, in the order of tables.
+    `image_seeds` gives the order of the sampling seeds ("one" is the first). The last columns are the scale-free mean
+    z-score and the paper's "Average" of the raw scores, where there are scores to average, see `columns.averaged`.
     """
     present = set(rows["model"].unique())
     models = [model for model in models if model in present]
@@ -65,7 +72,9 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     prompts = sorted(rows["prompt_id"].unique())
     known = {int(seed) for seed in rows["seed"].unique()}
     seeds = [s for s in image_seeds if s in known] + sorted(known - set(image_seeds))
-    metrics = sorted(rows["metric"].unique(), key=metric_order)
+    there = set(rows["metric"].unique())
+    columns = [column for column in columns if column.name in there]
+    metrics = [column.name for column in columns]
     values = np.full((len(models), len(train_seeds), len(prompts), len(seeds), len(metrics)), np.nan)
     seed_at = pd.Index(train_seeds).get_indexer(rows["train_seed"].fillna(train_seeds[0]).astype("int64"))
     values[
@@ -79,36 +88,13 @@ def gather(rows: pd.DataFrame, models: Sequence[str], image_seeds: Sequence[int]
     for index, model in enumerate(models):
         if model in untrained:
             values[index] = values[index, :1]
-    if of := [metrics.index(name) for name in averaged(metrics)]:
+    if of := [columns.index(column) for column in described.averaged(columns)]:
         averages = [_standardised(values[..., of]).mean(axis=-1), values[..., of].mean(axis=-1)]
         values = np.concatenate([values, np.stack(averages, axis=-1)], axis=-1)
-        metrics += [ZSCORE, AVERAGE]
+        columns += [described.ZSCORE, described.AVERAGE]
     return Scores(
-        tuple(models), tuple(train_seeds), tuple(prompts), tuple(seeds), tuple(metrics), untrained, values
+        tuple(models), tuple(train_seeds), tuple(prompts), tuple(seeds), tuple(columns), untrained, values
     )
-
-
-def averaged(metrics: Sequence[str]) -> list[str]:
-    """The paper's metrics among these, which `AVERAGES` are of; none for fewer than two.
-
-    An average of one score would be that score under another name.
-    """
-    found = [name for name in metrics if name in PAPER_METRICS]
-    return found if len(found) > 1 else []
-
-
-def metric_order(name: str) -> tuple[int, int, str]:
-    """Sort key: the known metrics, other metrics, then the judge (utility and its parts first)."""
-    first = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")
-    parts = ("judge/utility", "judge/alignment", "judge/aesthetics")
-    block = 1 if name.startswith(JUDGE) else 0
-    order = parts if block else first
-    return block, order.index(name) if name in order else len(order), name
-
-
-def higher_is_better(metric: str) -> bool:
-    """False only for the judge's defects."""
-    return not metric.startswith(JUDGE) or metric in ("judge/utility", "judge/alignment", "judge/aesthetics")
 
 
 def _positions(column: pd.Series, values: Sequence) -> np.ndarray:
@@ -126,7 +112,7 @@ def per_prompt(scores: Scores, protocol: str) -> np.ndarray:
     """Reduce the images of a prompt to one value: [models, training seeds, prompts, metrics].
 
     one: the first sampling seed. mean: the mean over sampling seeds. best: all scores of the image with the
-    highest average of raw scores (the paper's best of 5), or, where there is none, highest first score; NaN
+    highest average of raw scores (the paper's best of 5), or, where there is none, best first score; NaN
     where no image of the prompt has what is selected by.
     """
     values = scores.values
@@ -134,7 +120,8 @@ def per_prompt(scores: Scores, protocol: str) -> np.ndarray:
         return values[:, :, :, 0]
     if protocol == "mean":
         return values.mean(axis=3)
-    key = values[..., scores.metrics.index(AVERAGE) if AVERAGE in scores.metrics else 0]
+    chosen = scores.metrics.index(AVERAGE) if AVERAGE in scores.metrics else 0
+    key = scores.columns[chosen].sign * values[..., chosen]
     best = np.where(np.isnan(key), -np.inf, key).argmax(axis=3)
     found = np.take_along_axis(values, best[..., None, None], axis=3)[:, :, :, 0]
     return np.where(np.isnan(key).all(axis=3)[..., None], np.nan, found)
@@ -162,11 +149,13 @@ def compare(
 ) -> pd.DataFrame:
     """One metric of every model: model, value, low, high, n_prompts, n_seeds, p, detectable.
 
-    mean, median: of the scores, or with `against` of the per-prompt differences to that model. winrate: share
-    of prompts on which a model beats `against`, ties half. Trained models are paired on equal training seeds,
-    and only prompts that every model has count. p and detectable (see `Estimates`) are NaN without `against`.
+    mean, median: of the scores, or with `against` of the per-prompt differences to that model. winrate: share of
+    prompts on which a model beats `against`, ties half; where less is better, by less. Trained models are paired on
+    equal training seeds, and only prompts that every model has count. p and detectable (see `Estimates`) are NaN
+    without `against`.
     """
     data = per_prompt(scores, protocol)[..., scores.metrics.index(metric)]
+    sign = scores.column(metric).sign
     present = np.isfinite(data).any(axis=2)
     complete = (np.isfinite(data) | ~present[:, :, None]).all(axis=(0, 1))
     found = []
@@ -184,7 +173,7 @@ def compare(
             continue
         if against is not None:
             reference = data[other][seeds][:, complete]
-            series = wins(series, reference) if stat == "winrate" else series - reference
+            series = wins(sign * series, sign * reference) if stat == "winrate" else series - reference
         found.append((model, series))
     columns = ["model", "value", "low", "high", "n_prompts", "n_seeds", "p", "detectable"]
     rows = pd.DataFrame(_grouped(found, stat), columns=columns)

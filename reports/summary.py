@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from reports import layouts, stats, tables
+from reports import layouts, tables
 from reports.apart import CHECKPOINTS, RULE, Apart
-from reports.layouts import folded, metric_title
+from reports.layouts import folded
 from reports.load import BASE, Runs
 from reports.verdict import Verdict, headline, verdicts
 
@@ -28,11 +28,13 @@ def _block(runs: Runs, verdict: Verdict) -> list[str]:
     """Lines of one setting."""
     group, lead = verdict.group, verdict.metric
     scores, protocol = tables.group_scores(runs, group), tables.default_protocol(runs)
-    others = [name for name in tables.metric_names(runs)
-              if name in scores.metrics and name != lead and not name.startswith(stats.JUDGE)]
+    shown = [column for column in runs.columns
+             if column in scores.columns and column.name != lead and not (column.truth or column.detail)]
+    others = [column.name for column in shown]
     plain = {name: tables.table(runs, "mean", None, *group, [name], protocol) for name in (lead, *others)}
     gain = tables.table(runs, "mean", BASE, *group, [lead], protocol) if BASE in scores.models else None
-    header = ["model", verdict.title, *(["difference to base"] if gain is not None else []), *map(metric_title, others)]
+    header = ["model", verdict.title, *(["difference to base"] if gain is not None else []),
+              *(column.heading for column in shown)]
     columns = [list(scores.models), _bracketed(plain[lead], scores.models)]
     columns += [_bracketed(gain, scores.models, "+")] if gain is not None else []
     columns += [_arrowed(plain[name], tables.apart(runs, group, name, "mean", protocol), scores.models)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pandas as pd
 
 from bench.errors import UsageError, did_you_mean
-from reports import layouts, significance, stats
+from metrics.columns import Column
+from reports import columns, layouts, significance, stats
 from reports.apart import Apart, told_apart
 from reports.load import BASE, Runs
 
 FORMATS = ("text", "csv", "md", "latex", "json")
-JUDGE_PARTS = ("judge/utility", "judge/alignment", "judge/aesthetics")
 COLUMNS = [
     "model",
     "prompt_set",
@@ -30,6 +30,7 @@ COLUMNS = [
 ]
 TESTED = ["p", "p_holm", "detectable"]
 TOLD = ["spread", "speaks_of", "ahead"]
+DESCRIBED = ["title", "unit", "higher_is_better", "decimals", "truth"]
 
 
 def table(
@@ -44,12 +45,13 @@ def table(
     """One row for each model, prompt set, guidance and metric, with a paired 95 % interval.
 
     stat: mean or median of the scores, or, with `against`, of the per-prompt differences to that model;
-    winrate over `against` (default base) in [0, 1]. metrics: names; "judge" stands for all judge readings,
-    "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all metrics
-    and the judge's main readings. protocol: one, mean or best image of a prompt; default the suite's.
+    winrate over `against` (default base) in [0, 1]. metrics: names of columns; that of a metric stands for all of its
+    columns, "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all columns
+    but details. protocol: one, mean or best image of a prompt; default the suite's.
     With `against` there are values in p, p_holm (corrected over a model's metrics) and detectable, see
     `reports.significance`. spread: the metric's standard deviation between prompts (none for win rates). speaks_of:
     "checkpoints" with one training seed, else "methods". ahead: whether to mark the model, see `Apart.ahead`.
+    DESCRIBED: of the metric's column, see `Column`.
     """
     one_of(stat, stats.STATS, "--stat")
     protocol = protocol or default_protocol(runs)
@@ -70,6 +72,7 @@ def table(
             setting.append(part.assign(
                 prompt_set=group[0], guidance=group[1], metric=metric, speaks_of=told.speaks_of,
                 spread=float("nan") if stat == "winrate" else told.spread, ahead=part["model"].isin(told.ahead),
+                **{name: getattr(runs.column(metric), name) for name in DESCRIBED},
             ))
         if not setting:
             continue
@@ -77,7 +80,8 @@ def table(
         parts.append(significance.annotate(rows) if against else rows)
     tidy = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
     # the same columns whatever is asked for, so that the rows of several tables fit into one file
-    return tidy.assign(stat=stat, against=against or "", protocol=protocol).reindex(columns=COLUMNS + TESTED + TOLD)
+    tidy = tidy.assign(stat=stat, against=against or "", protocol=protocol)
+    return tidy.reindex(columns=COLUMNS + TESTED + TOLD + DESCRIBED)
 
 
 def render(tidy: pd.DataFrame, format: str = "text") -> str:
@@ -100,7 +104,8 @@ def group_scores(runs: Runs, group: tuple[str, float]) -> stats.Scores:
     if group not in runs.arrays:
         rows = runs.scores
         rows = rows[(rows["prompt_set"] == group[0]) & (rows["guidance"] == group[1])]
-        runs.arrays[group] = stats.gather(rows, list(runs.models), runs.evaluation.get("seeds") or ())
+        seeds = runs.evaluation.get("seeds") or ()
+        runs.arrays[group] = stats.gather(rows, list(runs.models), runs.columns, seeds)
     return runs.arrays[group]
 
 
@@ -115,25 +120,24 @@ def apart(runs: Runs, group: tuple[str, float], metric: str, stat: str, protocol
 
 
 def metric_names(runs: Runs) -> list[str]:
-    """All metrics of the runs, judge readings last."""
-    return sorted(runs.scores["metric"].unique(), key=stats.metric_order)
+    """All columns of the runs, in order."""
+    return [column.name for column in runs.columns]
 
 
 def averaged(runs: Runs) -> list[str]:
     """The two averages, where there are several metrics to average."""
-    return list(stats.AVERAGES) if stats.averaged(metric_names(runs)) else []
+    return list(stats.AVERAGES) if columns.averaged(runs.columns) else []
 
 
 def average_note(runs: Runs) -> str:
     """Which metrics the averages are of, for whoever reads one."""
-    names = [layouts.metric_title(name) for name in stats.averaged(metric_names(runs))]
-    return f"{' and '.join(layouts.metric_title(name) for name in stats.AVERAGES)} are those of {', '.join(names)}"
+    names = [column.title for column in columns.averaged(runs.columns)]
+    return f"{' and '.join(column.title for column in columns.AVERAGES)} are those of {', '.join(names)}"
 
 
-def lead_metric(runs: Runs) -> str:
-    """What a verdict is about: the judge's utility where the world has a judge, else the first metric."""
-    names = metric_names(runs)
-    return JUDGE_PARTS[0] if JUDGE_PARTS[0] in names else names[0]
+def lead_column(runs: Runs) -> Column:
+    """What a verdict is about."""
+    return columns.lead(runs.columns)
 
 
 def one_of(value: str, options: Sequence[str], what: str) -> None:
@@ -159,14 +163,14 @@ def chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) ->
 def chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
     names = metric_names(runs)
     if not metrics:
-        return [name for name in names if not name.startswith(stats.JUDGE) or name in JUDGE_PARTS]
+        return [column.name for column in runs.columns if not column.detail]
     chosen: list[str] = []
     for metric in metrics:
-        if metric == "judge":
-            chosen += [name for name in names if name.startswith(stats.JUDGE)]
+        if several := [name for name in names if name.startswith(f"{metric}/")]:
+            chosen += several
             continue
         if metric in stats.AVERAGES and not averaged(runs):
-            raise UsageError(f"metrics: {metric} is of at least two of {', '.join(stats.PAPER_METRICS)}; "
+            raise UsageError(f"metrics: {metric} is of at least two of the paper's four scores; "
                              f"scored were {', '.join(names)}")
         one_of(metric, [*names, *stats.AVERAGES], "metrics")
         chosen.append(metric)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from metrics.columns import Column
 from reports import layouts, stats, tables
 from reports.apart import METHODS, Apart
 from reports.load import BASE, Runs
@@ -26,7 +27,7 @@ class Verdict:
     """
 
     group: tuple[str, float]
-    metric: str
+    column: Column
     apart: Apart
     order: list[str]
     value: Estimate
@@ -34,6 +35,11 @@ class Verdict:
     above: list[str]
     below: list[str]
     alike: list[list[str]]
+
+    @property
+    def metric(self) -> str:
+        """The lead metric's name."""
+        return self.column.name
 
     @property
     def best(self) -> str:
@@ -79,8 +85,7 @@ class Verdict:
     @property
     def title(self) -> str:
         """The lead metric in words."""
-        judged = self.metric.startswith(stats.JUDGE)
-        return layouts.metric_title(self.metric) + (" (judge)" if judged else "")
+        return self.column.title + (" (judge)" if self.column.truth else "")
 
     @property
     def told(self) -> int:
@@ -89,7 +94,8 @@ class Verdict:
 
     def shown(self, estimate: Estimate, sign: str = "") -> str:
         """ "+0.12 [+0.10, +0.14]", with the digits of its width."""
-        rows = pd.DataFrame([{**estimate._asdict(), "spread": self.apart.spread}])
+        rows = pd.DataFrame([{**estimate._asdict(), "spread": self.apart.spread, "against": sign and BASE,
+                              "decimals": self.column.decimals}])
         places = layouts.column_digits(rows)
         return f"{layouts.number(estimate.value, places, sign)} " + layouts.interval(*estimate[1:], places, sign)
 
@@ -120,17 +126,18 @@ def verdicts(runs: Runs) -> list[Verdict]:
 
 def verdict(runs: Runs, group: tuple[str, float]) -> Verdict:
     """The verdict of one setting, by the lead metric."""
-    scores, lead, protocol = tables.group_scores(runs, group), tables.lead_metric(runs), tables.default_protocol(runs)
+    scores, column, protocol = tables.group_scores(runs, group), tables.lead_column(runs), tables.default_protocol(runs)
+    lead = column.name
     apart = tables.apart(runs, group, lead, "mean", protocol)
     plain = stats.compare(scores, lead, "mean", None, protocol)
-    plain = plain.sort_values("value", ascending=not stats.higher_is_better(lead), kind="stable")
+    plain = plain.sort_values("value", ascending=not column.higher_is_better, kind="stable")
     order = list(plain["model"])
     gain = None
     if BASE in order and order[0] != BASE:
         gain = _row(stats.compare(scores, lead, "mean", BASE, protocol), order[0])
     above = [model for model in order if BASE in apart.beats[model]]
     below = [model for model in order if BASE in order and model in apart.beats[BASE]]
-    return Verdict(group, lead, apart, order, _row(plain, order[0]), gain, above, below, apart.alike(order))
+    return Verdict(group, column, apart, order, _row(plain, order[0]), gain, above, below, apart.alike(order))
 
 
 def headline(found: Sequence[Verdict]) -> str:

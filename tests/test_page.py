@@ -122,7 +122,7 @@ def test_judge_and_metrics_are_apart(text: str) -> None:
     ]
     heads = [head for head in heads if head]
     assert ["model", "PickScore", "Aesthetic", "CLIP", "Average", "Mean z-score"] in heads
-    assert ["model", "utility", "alignment", "aesthetics", "fade"] in heads
+    assert ["model", "utility", "alignment", "aesthetics", "fade ↓"] in heads
     assert "ground truth is exact for drawn images only" in text and "exact judge" not in text.casefold()
 
 

@@ -24,7 +24,7 @@ from bench.sample import sample
 from bench.suites import Iteration, load_suite
 from bench.train import TrainData, train
 
-NOTHING_SCORED = ["metrics=[]", "judge=null"]
+NOTHING_SCORED = ["metrics=[]"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stats import long
+from test_stats import gather, long
 
 from reports import significance, stats, tables
 from reports.load import load_runs
@@ -55,5 +55,5 @@ def test_the_scale_free_average_weighs_metrics_alike() -> None:
         long({"base": small, "a": small + 1}, "aesthetic"),
         long({"base": 100 * large, "a": 100 * large}, "pickscore"),
     ]
-    found = stats.compare(stats.gather(pd.concat(frames), ["base", "a"]), stats.ZSCORE, against="base")
+    found = stats.compare(gather(pd.concat(frames), ["base", "a"]), stats.ZSCORE, against="base")
     assert found["value"].tolist() == pytest.approx([0.5 / small.std()])

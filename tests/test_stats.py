@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reports import stats
+from reports import columns, stats
 
 RNG = np.random.default_rng(7)
 
@@ -33,8 +33,13 @@ def long(values: dict[str, np.ndarray], metric: str = "pickscore") -> pd.DataFra
     return pd.concat(frames, ignore_index=True)
 
 
+def gather(rows: pd.DataFrame, models: list[str], **options) -> stats.Scores:
+    """The rows with the columns that the metrics of these names describe."""
+    return stats.gather(rows, models, columns.described([], rows["metric"].unique()), **options)
+
+
 def compare(values: dict[str, np.ndarray], **options) -> pd.DataFrame:
-    return stats.compare(stats.gather(long(values), list(values)), "pickscore", **options).set_index("model")
+    return stats.compare(gather(long(values), list(values)), "pickscore", **options).set_index("model")
 
 
 def test_row_order_changes_nothing() -> None:
@@ -42,7 +47,7 @@ def test_row_order_changes_nothing() -> None:
     for stat in stats.STATS:
         against = "base" if stat == "winrate" else None
         tables = [
-            stats.compare(stats.gather(order, ["base", "a"]), "pickscore", stat, against, "mean")
+            stats.compare(gather(order, ["base", "a"]), "pickscore", stat, against, "mean")
             for order in (rows, rows.sample(frac=1, random_state=1))
         ]
         pd.testing.assert_frame_equal(*tables)
@@ -63,7 +68,7 @@ def test_protocols_by_hand() -> None:
     a = np.array([[1.0, 3.0, 2.0], [6.0, 4.0, 5.0]])
     judge = np.array([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
     rows = pd.concat([long({"a": a}), long({"a": judge}, "judge/utility")])
-    scores = stats.gather(rows, ["a"], image_seeds=[2, 0, 1])
+    scores = gather(rows, ["a"], image_seeds=[2, 0, 1])
     reduced = {name: stats.per_prompt(scores, name)[0, 0] for name in stats.PROTOCOLS}
     np.testing.assert_array_equal(reduced["one"][:, :2], [[2, 30], [5, 60]])  # the suite's first seed is 2
     np.testing.assert_array_equal(reduced["mean"][:, :2], [[2, 20], [5, 50]])
@@ -74,7 +79,7 @@ def test_best_of_several_images_is_that_of_the_highest_average_not_of_the_first_
     """Prompt 0: 20 + 5 against 19 + 7. Prompt 1: 22 + 5 against 21 + 5.5. All scores are those of the image chosen."""
     parts = {"pickscore": [[20.0, 19], [22, 21]], "aesthetic": [[5, 7], [5, 5.5]], "judge/utility": [[1, 2], [3, 4]]}
     rows = pd.concat([long({"a": np.array(values, float)}, name) for name, values in parts.items()])
-    scores = stats.gather(rows, ["a"])
+    scores = gather(rows, ["a"])
     best = dict(zip(scores.metrics, stats.per_prompt(scores, "best")[0, 0].T.tolist(), strict=True))
     assert best["pickscore"] == [19, 22] and best["aesthetic"] == [7, 5] and best["judge/utility"] == [2, 3]
     assert best["average"] == [13, 13.5]
@@ -83,21 +88,21 @@ def test_best_of_several_images_is_that_of_the_highest_average_not_of_the_first_
 def test_best_is_of_nothing_where_nothing_selects() -> None:
     """A model without one of the averaged scores has no best image, rather than its first one."""
     rows = [long({"a": np.ones((3, 2)), "b": np.ones((3, 2))}), long({"a": np.ones((3, 2))}, "aesthetic")]
-    scores = stats.gather(pd.concat(rows), ["a", "b"])
+    scores = gather(pd.concat(rows), ["a", "b"])
     best = stats.per_prompt(scores, "best")[..., scores.metrics.index("pickscore")]
     assert np.isfinite(best[0]).all() and np.isnan(best[1]).all()
 
 
 @pytest.mark.parametrize("names", [["pickscore"], ["pickscore", "clip", "judge/utility"], ["clip"], ["judge/utility"]])
 def test_there_is_no_average_of_fewer_than_two_of_the_papers_scores(names: list[str]) -> None:
-    scores = stats.gather(pd.concat([long({"a": np.ones((3, 1))}, name) for name in names]), ["a"])
+    scores = gather(pd.concat([long({"a": np.ones((3, 1))}, name) for name in names]), ["a"])
     assert list(scores.metrics) == names
 
 
 def test_average_is_the_mean_of_the_papers_scores() -> None:
     parts = {"pickscore": 20.0, "aesthetic": 6.0, "clip": 0.3, "judge/utility": 1.0}
     rows = pd.concat([long({"a": np.full((3, 1), value)}, name) for name, value in parts.items()])
-    scores = stats.gather(rows, ["a"])
+    scores = gather(rows, ["a"])
     assert scores.metrics[-1] == "average"
     np.testing.assert_allclose(scores.values[..., -1], 13.0)
 
@@ -109,7 +114,7 @@ def test_seeds_are_paired_and_the_base_counts_once() -> None:
     for seed, shift in enumerate(luck):
         rows = long({"a": np.full((30, 1), shift), "b": np.full((30, 1), shift + 1)})
         frames.append(rows.assign(train_seed=pd.array([seed] * len(rows), "Int64")))
-    scores = stats.gather(pd.concat(frames), ["base", "a", "b"])
+    scores = gather(pd.concat(frames), ["base", "a", "b"])
     paired = stats.compare(scores, "pickscore", "mean", "a").set_index("model")
     assert paired.loc["b", ["value", "low", "high", "p"]].tolist() == pytest.approx([1, 1, 1, 0])
     assert stats.compare(scores, "pickscore").set_index("model")["n_seeds"].to_dict() == {
@@ -123,7 +128,7 @@ def test_seeds_are_paired_and_the_base_counts_once() -> None:
 def test_only_prompts_that_every_model_has_are_compared() -> None:
     rows = long({"base": np.zeros((10, 1)), "a": np.arange(10.0)[:, None]})
     rows = rows[~((rows["model"] == "a") & (rows["prompt_id"] == "p9"))]
-    found = stats.compare(stats.gather(rows, ["base", "a"]), "pickscore").set_index("model")
+    found = stats.compare(gather(rows, ["base", "a"]), "pickscore").set_index("model")
     assert found["n_prompts"].tolist() == [9, 9]
     assert found.loc["a", "value"] == 4
 

@@ -7,7 +7,7 @@ import yaml
 from tiny_bench import SUITE
 
 from bench.errors import UsageError
-from bench.suites import available, load_suite
+from bench.suites import available, load_suite, stored_suite
 from bench.suites.keys import flat
 
 
@@ -47,13 +47,12 @@ def test_evaluation_guidance_was_fixed_in_advance():
 
 
 def test_overrides_reach_sections_lists_and_named_entries():
-    suite = load_suite("mini", ["train.batch_size=8", "evaluation.guidance=[2, 7.5]", "judge=null",
+    suite = load_suite("mini", ["train.batch_size=8", "evaluation.guidance=[2, 7.5]",
                                 "methods.spin.iterations.1.lr=1e-5",
                                 "evaluation.prompt_sets.more.prompts=world:hard",
                                 "metric_options.clip.weights=some/folder"])
     assert suite.train.batch_size == 8
     assert suite.evaluation.guidance == [2, 7.5]
-    assert suite.judge is None
     assert suite.methods["spin"].iterations[1].lr == 1e-5
     assert suite.evaluation.prompt_sets["more"].limit is None
     assert suite.metric_options == {"clip": {"weights": "some/folder"}}
@@ -92,7 +91,7 @@ def test_unknown_keys_name_the_nearest(typed, nearest):
     ("evaluation.guidance=[1, x]", "'evaluation.guidance.1': expected a number"),
     ("evaluation.protocol=two", "expected 'one', 'mean' or 'best', got 'two'"),
     ("train=3", "'train': expected a section, got 3"),
-    ("judge=3", "'judge': expected text, got 3"),
+    ("judge=null", "the judge is a metric: write judge last in metrics, or leave it out there, instead of"),
     ("train.batch_size", "--set takes KEY=VALUE, got 'train.batch_size'"),
     ("data.seed=-1", "'data.seed': expected a value greater than or equal to 0, got -1"),
     ("evaluation.seeds=[1, 1]", "'evaluation.seeds': expected distinct values, got [1, 1]"),
@@ -183,7 +182,7 @@ def test_the_paper_scale_suite_holds_the_papers_protocol_and_hyperparameters():
     assert (sft.batch_size, sft.warmup_steps, spin.batch_size, spin.warmup_steps) == (512, 500, 2048, 200)
     assert released.evaluation == evaluation and released.name == "sd15-released"
     assert all(options == {"weights": "official"} for options in paper.metric_options.values())
-    assert set(paper.metric_options) == set(paper.metrics) and paper.judge is None
+    assert set(paper.metric_options) == set(paper.metrics)
 
 
 def test_a_file_extends_a_suite_or_another_file(suite_file, tmp_path):
@@ -222,3 +221,20 @@ def test_a_variant_is_an_entry_of_its_own_that_names_its_method():
     assert "did you mean 'methods.spin.opponent.guidance'?" in complaint("methods.spin.opponent.guidence=3.0")
     assert "'methods.spin.opponent.steps': expected a value greater" in complaint("methods.spin.opponent.steps=0")
     assert "methods.a/b: an entry's name becomes part of a folder's name" in complaint(f"methods.a/b={entry}")
+
+
+def test_a_suite_that_still_has_a_judge_is_told_what_to_write(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("extends: mini\nname: old\njudge: mini\n")
+    with pytest.raises(UsageError, match=r"old\.yaml: the judge is a metric: write judge last in metrics"):
+        load_suite(str(path))
+
+
+@pytest.mark.parametrize(("judge", "metrics", "options"), [
+    ("mini", ["clip", "judge"], {"clip": {"batch_size": 2}}), (None, ["clip"], {"clip": {"batch_size": 2}}),
+    ("my/judge", ["clip", "judge"], {"clip": {"batch_size": 2}, "judge": {"weights": "my/judge"}})])
+def test_a_stored_run_of_before_has_its_judge_among_the_metrics(judge, metrics, options):
+    settings = load_suite("mini").model_dump()
+    settings |= {"metrics": ["clip"], "metric_options": {"clip": {"batch_size": 2}}, "judge": judge}
+    suite = stored_suite(settings)
+    assert suite.metrics == metrics and suite.metric_options == options

@@ -14,6 +14,7 @@ from test_apart import given
 
 from bench import cli
 from reports import page, tables
+from reports.columns import of_before
 from reports.load import Runs, load_runs
 from reports.stats import Estimate
 from reports.summary import summary
@@ -95,7 +96,8 @@ def said(better: list[tuple[str, str]], order: list[str], seeds: int = 2) -> Ver
     apart = type(found)(found.models, found.pairs, seeds, 1.0)
     above = [a for a in order if (a, "base") in better]
     below = [a for a in order if ("base", a) in better]
-    return Verdict(("test", 3.0), LEAD, apart, order, Estimate(1, 0, 2), None, above, below, apart.alike(order))
+    column, value = of_before(LEAD), Estimate(1, 0, 2)
+    return Verdict(("test", 3.0), column, apart, order, value, None, above, below, apart.alike(order))
 
 
 @pytest.mark.parametrize(("better", "order", "methods", "checkpoints"), [

@@ -15,7 +15,7 @@ from bench.data import load_prompts, world
 from bench.errors import BenchError, UsageError
 from bench.evaluate import write_images
 from bench.mini import MINI_WEIGHTS, warrant
-from bench.mini.judge import BUNDLED
+from bench.mini.judge import Judge, SecondJudge
 
 
 def readings(models: dict[str, float], prompts: int = 60, copies: int = 1, **changes) -> pd.DataFrame:
@@ -155,7 +155,8 @@ def test_what_is_shown_by_hand():
     np.testing.assert_array_equal(found["background"], [1, 1, 1, 0])
 
 
-@pytest.mark.skipif(not all(path.exists() for path in BUNDLED.values()) or not (MINI_WEIGHTS / "pipeline").exists(),
+@pytest.mark.skipif(not all((MINI_WEIGHTS / name).exists() for name in (Judge.bundled, SecondJudge.bundled,
+                                                                       "pipeline")),
                     reason="needs both judges and the autoencoder")
 def test_the_command_finds_the_models_in_their_order(tmp_path, monkeypatch):
     """Drawings of more and less fade: all three readers see the order; on drawings all are near the truth."""

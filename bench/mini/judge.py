@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise as pairwise_of
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from bench.data import world
-from bench.errors import BenchError, did_you_mean, first_line
-from bench.mini import MINI_WEIGHTS
+from bench.errors import BenchError, first_line
 from bench.progress import track
 from bench.stages import atomic_write
-from metrics.base import Images, check_lengths, to_rgb, weights_digest
+from metrics.base import Images, Metric, check_lengths, find_weights, to_rgb, weights_digest
+from metrics.columns import LAST, Column
 
 MAX_THINGS = 3
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -37,9 +38,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
        for kind, options in (("size", world.SIZES), ("colour", world.COLOURS), ("shape", world.SHAPES))},
 }
 """What the judge tells apart, by attribute (named as in `world.attributes`)."""
-BUNDLED = {"mini": MINI_WEIGHTS / "judge", "mini-second": MINI_WEIGHTS / "judge2"}
-"""The judges that come with bench, by name."""
 SCORES = ("utility", "alignment", "aesthetics", *world.DEFECTS)
+PLACE = LAST + 1
+"""In the order of columns: what is read of the world stands after what is learned of people's taste."""
 
 
 # --- networks: what sees, by name; the heads that read are the same for all ---
@@ -124,8 +125,15 @@ class JudgeNet(nn.Module):
             return logits, self.defects(features).sigmoid()
 
 
-class Judge:
-    """Reads images and compares what they show with what was asked."""
+class Judge(Metric):
+    """Reads images and compares what they show with what was asked; of other captions than the world's, BenchError."""
+
+    name = "judge"
+    title = "judge"
+    columns = (*(Column(part, part, order=PLACE + place, truth=True) for place, part in enumerate(SCORES[:3])),
+               *(Column(part, part, higher_is_better=False, order=PLACE + 3, truth=True, detail=True)
+                 for part in world.DEFECTS))
+    bundled: ClassVar[str] = "judge"
 
     def __init__(self, network: JudgeNet, device: str = "cpu", batch_size: int = 128,
                  accuracy: dict[str, Any] | None = None):
@@ -135,12 +143,11 @@ class Judge:
         self.accuracy = accuracy or {}
 
     @classmethod
-    def load(cls, folder: str | Path = "mini", device: str = "cpu") -> Judge:
-        """Load judge.safetensors from a folder, or one of the BUNDLED by name."""
-        path = BUNDLED.get(str(folder), Path(folder)) / "judge.safetensors"
+    def load(cls, weights: str | Path = "mini", device: str = "cpu", batch_size: int = 128) -> Judge:
+        """Load judge.safetensors from a folder; "mini" is the one that comes with bench."""
+        path = Path(find_weights(str(weights), cls.bundled)) / "judge.safetensors"
         if not path.is_file():
-            raise BenchError(f"no judge at {path}{did_you_mean(str(folder), BUNDLED)}; the bundled ones are "
-                             f"{', '.join(BUNDLED)}, built with `python -m bench.mini`")
+            raise BenchError(f"no judge at {path}; `python -m bench.mini` makes one")
         try:
             with safe_open(path, "pt") as file:
                 network = JudgeNet((file.metadata() or {}).get("trunk", "residual"))
@@ -149,7 +156,7 @@ class Judge:
         except (RuntimeError, KeyError, SafetensorError) as error:
             raise BenchError(f"{path} does not hold a judge: {first_line(error)}") from error
         report = path.with_name("accuracy.json")
-        return cls(network, device, accuracy=json.loads(report.read_text()) if report.exists() else None)
+        return cls(network, device, batch_size, json.loads(report.read_text()) if report.exists() else None)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write judge.safetensors, its floating-point weights as `dtype`, and accuracy.json."""
@@ -162,7 +169,8 @@ class Judge:
     def info(self) -> dict[str, Any]:
         """Which judge this is and how far to trust it; for the protocol."""
         return {"version": f"judge of the drawn world, {self.network.kind} network",
-                "checkpoint": weights_digest(self.network), "scale": "0 to 1", "accuracy": self.accuracy}
+                "checkpoint": weights_digest(self.network), "scale": "0 to 1", "truncates": "nothing",
+                "accuracy": self.accuracy}
 
     @torch.inference_mode()
     def read(self, images: Images) -> dict[str, np.ndarray]:
@@ -186,6 +194,16 @@ class Judge:
         check_lengths(images, prompts)
         asked = [parse(prompt) for prompt in prompts]
         return rated(self.read(images), asked) if asked else {name: np.empty(0, np.float32) for name in SCORES}
+
+
+class SecondJudge(Judge):
+    """Another network, taught by other drawings, on which nothing was ever trained: whether the first was flattered."""
+
+    name = "judge2"
+    title = "second judge"
+    columns = tuple(replace(column, title=f"{column.title}, second judge", order=column.order + len(SCORES))
+                    for column in Judge.columns)
+    bundled = "judge2"
 
 
 def rated(reading: dict[str, np.ndarray], asked: Sequence[world.Scene]) -> dict[str, np.ndarray]:

@@ -25,7 +25,7 @@ from bench.data.drawings import Drawing
 from bench.errors import BenchError, UsageError
 from bench.evaluate import read_images
 from bench.mini import MINI_WEIGHTS, pixels, vae
-from bench.mini.judge import SCORES, Judge, parse, rated, scenes
+from bench.mini.judge import SCORES, Judge, SecondJudge, parse, rated, scenes
 from bench.mini.pools import rendered, rough_pair
 from bench.progress import track
 from reports import stats, uncertainty
@@ -248,7 +248,7 @@ def _interval(drawn: np.ndarray) -> tuple[float, float, float]:
 def main(runs: tuple[Path, ...], output: Path, device: str) -> None:
     """Compare both judges and the pixel measures on the images of finished RUNS (folders below results/runs)."""
     try:
-        judges = {"judge": Judge.load("mini", device), "judge2": Judge.load("mini-second", device)}
+        judges = {kind.name: kind.load("mini", device) for kind in (Judge, SecondJudge)}
         images = pd.concat([read_drawings(judges), read_runs(runs, judges)], ignore_index=True)
     except BenchError as error:
         raise click.ClickException(str(error)) from error

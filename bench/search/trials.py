@@ -29,7 +29,6 @@ from bench.shared import Shared
 from bench.stages import fingerprint, temporary
 from bench.suites import Iteration, Prompts, Suite
 from methods.base import Pairing
-from reports.stats import JUDGE, higher_is_better
 
 FOLDER = Path("results/search")
 PROMPT_SET = "validation"
@@ -75,8 +74,7 @@ def validation(suite: Suite) -> Suite:
     prompts = Prompts(prompts=search.prompts, limit=search.limit)
     return suite.model_copy(update={
         "evaluation": suite.evaluation.model_copy(update={"prompt_sets": {PROMPT_SET: prompts}}),
-        "metrics": [name for name in suite.metrics if name == search.metric],
-        "judge": suite.judge if search.metric.startswith(JUDGE) else None, "search": None})
+        "metrics": [name for name in suite.metrics if name == search.metric.partition("/")[0]], "search": None})
 
 
 def refuse_test_prompts(suite: Suite) -> None:
@@ -106,10 +104,10 @@ class Trials:
     def _refuse_metric(self, others: Sequence[str]) -> None:
         """Refuse to search by a number that no scorer gives, or that is not to grow."""
         metric = self.searched.metric
-        known = [*self.shared.scorers.score(np.empty((0, 64, 64, 3), np.uint8), []), *others]
-        if metric not in known:
-            raise UsageError(f"search.metric: the suite has no '{metric}'{did_you_mean(metric, known)}")
-        if not higher_is_better(metric):
+        columns = {column.name: column for column in self.shared.scorers.columns}
+        if metric not in columns:
+            raise UsageError(f"search.metric: the suite has no '{metric}'{did_you_mean(metric, [*columns, *others])}")
+        if not columns[metric].higher_is_better:
             raise UsageError(f"search.metric: of {metric} less is better; search by a number that is to grow")
 
     def identity(self, entry: str) -> str:
@@ -118,6 +116,8 @@ class Trials:
         What stands at its default is left out: a setting that a later version adds changes no hash.
         """
         changing = {"batch_size", "prompt_sets", "protocol"}
+        scorers = self.shared.scorers.info()
+        judge = scorers.pop("judge", {})  # named apart, as when it was no metric: studies of then go on
         return fingerprint({
             "method": self.suite.kind(entry), "data": self.shared.data_key, "metric": self.searched.metric,
             "train": self.suite.training(entry).model_dump(
@@ -125,8 +125,7 @@ class Trials:
             "opponent": self.suite.opponents(entry).model_dump(exclude={"batch_size"}, exclude_defaults=True)
             if self.self_play(entry) else None,
             "evaluation": self.suite.evaluation.model_dump(exclude=changing, exclude_defaults=True),
-            "prompts": self.shared.prompt_sets[PROMPT_SET].ids, "metrics": self.shared.scorers.info(),
-            "judge": (self.shared.judge_info() or {}).get("checkpoint")})
+            "prompts": self.shared.prompt_sets[PROMPT_SET].ids, "metrics": scorers, "judge": judge.get("checkpoint")})
 
     def self_play(self, entry: str) -> bool:
         return self.suite.method(entry).pairing is Pairing.SELF_PLAY

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
+JUDGE = ("the judge is a metric: write judge last in metrics, or leave it out there, instead of the setting 'judge'; "
+         "for other weights than the bundled ones set metric_options.judge.weights")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # becomes part of a folder's name
 
 
@@ -124,7 +126,6 @@ class Suite(Section):
     opponent: Opponent
     evaluation: Evaluation
     metrics: list[str]
-    judge: str | None = None
     metric_options: dict[str, dict[str, Any]] = {}
     methods: dict[str, Schedule] = Field(min_length=1)
     search: Search | None = Field(None, exclude=True)  # not among the settings that a run keeps
@@ -227,7 +228,20 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 def stored_suite(settings: dict[str, Any]) -> Suite:
     """The suite a run keeps in its folder."""
-    return _validated(settings, "stored configuration: ")
+    return _validated(of_before(settings), "stored configuration: ")
+
+
+def of_before(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they are written now, of a run from when the judge was a setting of its own and no metric."""
+    if "judge" not in settings:
+        return settings
+    kept = {name: value for name, value in settings.items() if name != "judge"}
+    weights = settings["judge"]
+    if weights is None:
+        return kept
+    options = kept.get("metric_options", {}) if weights == "mini" else {
+        **kept.get("metric_options", {}), "judge": {"weights": weights}}
+    return {**kept, "metrics": [*kept.get("metrics", []), "judge"], "metric_options": options}
 
 
 def override(suite: Suite, overrides: list[str] | tuple[str, ...]) -> Suite:
@@ -240,6 +254,8 @@ def override(suite: Suite, overrides: list[str] | tuple[str, ...]) -> Suite:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise UsageError(f"--set takes KEY=VALUE, got '{item}'")
+        if key == "judge":
+            raise UsageError(JUDGE)
         try:
             keys.assign(tree, key, yaml.load(text, Loader=_Loader))
         except yaml.YAMLError as error:
@@ -257,6 +273,8 @@ def _validated(settings: dict[str, Any], source: str) -> Suite:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         known = copy.deepcopy(settings)
+        if "judge" in settings:
+            raise UsageError(source + JUDGE) from error
         for problem in problems:
             if problem["type"] == "extra_forbidden":
                 keys.remove(known, problem["loc"])
