@@ -199,7 +199,7 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
               "the table, or METHOD[:ITERATION][@STEP].  [default for winrate: base]")
 @click.option("--prompt-set", help="Only this prompt set.")
 @click.option("--guidance", type=float, help="Only this guidance scale.")
-@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge stands for all its readings, "
+@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge, as any metric's name, for all its columns, "
               "average for the paper's mean of raw scores, average_z for its mean z-score.")
 @click.option("--protocol", help="one, mean or best: how the images of a prompt become one number.  "
               "[default: the suite's]")
@@ -248,7 +248,8 @@ def _refuse_beside_paper(**given: Any) -> None:
 @click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path),
               help="csv, jsonl or parquet with file_name and prompt, or txt with one prompt a line for the images in "
               "order of their names.  [default: metadata.jsonl or the like in the folder]")
-@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  [default: the mini suite's]")
+@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  "
+              "[default: the mini suite's but the judge]")
 @click.option("--weights", help="mini or official, for all of them.  [default: mini, with --backend official official]")
 @click.option("--set", "settings", multiple=True, metavar="METRIC.KEY=VALUE",
               help="A setting of one metric, e.g. --set hpsv2.antialias=false. May be repeated.")
@@ -266,11 +267,11 @@ def score(images: Path, prompts: Path | None, metrics: str | None, weights: str 
 
     What is broken is named and left without scores. Scores of before are not computed again.
     """
-    from bench import official, registry, runs, suites
+    from bench import official, registry, runs
     from bench import score as scoring
 
     beside = backend == "official"
-    default = official.DEFAULT if beside else suites.load_suite("mini").metrics
+    default = official.DEFAULT if beside else scoring.DEFAULT
     names = metrics.split(",") if metrics else list(default)
     for name in names:
         registry.check("metrics", name)

@@ -121,7 +121,8 @@ def perf_sample(model: str, prompts: str, images: int, guidance: tuple[float, ..
 
 
 @perf.command("score")
-@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  [default: the mini suite's]")
+@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  "
+                                "[default: the mini suite's but the judge]")
 @click.option("--weights", default="mini", show_default=True, help="mini or official, for all of them.")
 @click.option("--set", "settings", multiple=True, metavar="METRIC.KEY=VALUE", help="As for bench score.")
 @click.option("--images", type=click.IntRange(min=1), default=200, show_default=True)
@@ -136,14 +137,13 @@ def perf_score(metrics: str | None, weights: str, settings: tuple[str, ...], ima
     One row a scorer, and one for all of them together.
     """
     from bench import registry
-    from bench.suites import load_suite
+    from bench.score import DEFAULT, metric_options
 
-    names = metrics.split(",") if metrics else load_suite("mini").metrics
+    names = metrics.split(",") if metrics else DEFAULT
     for name in names:
         registry.check("metrics", name)
     _check_output(output)
     from bench.perf import score
-    from bench.score import metric_options
 
     _show(score.measure(score.Setting(tuple(names), metric_options(names, weights, settings), images, repeats, device)),
           layout, output)

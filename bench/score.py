@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from bench import registry
 from bench.data.depth import eight_bits
 from bench.data.images import IMAGE_SUFFIXES, images_in
 from bench.digests import content_digest
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")  # "text" and "caption" are what metadata.jsonl files often say
 PROMPT_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompts.csv", "prompts.txt")
+DEFAULT = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")  # of any picture; the judge knows one world only
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
 CHUNK = 256  # images in memory at a time, and as many being decoded
 THREADS = 8
@@ -131,6 +133,7 @@ class Scores:
     """Scores by (image, prompt, scorer, protocol), and what scorers said of themselves, in one small database."""
 
     def __init__(self, path: Path):
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.database = sqlite3.connect(path, timeout=60)
         for table, kind in (("scores", "REAL"), ("truncated", "INTEGER"), ("scorers", "TEXT")):
@@ -187,7 +190,7 @@ def metric_options(names: Sequence[str], weights: str, settings: Sequence[str]) 
 
 def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str, Mapping[str, Any]], device: str,
                  cache: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """One row an item (file_name, prompt, a column a metric, problem), and the protocol.
+    """One row an item (file_name, prompt, every column of every metric, problem), and the protocol.
 
     Models are loaded only when a score is missing from the cache.
     """
@@ -197,11 +200,13 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     who = {name: identity(name, given[name], made_with) for name in metrics}
     with closing(Scores(cache)) as known:
         about = [fingerprint([item.digest, item.prompt]) for item in usable]
-        keys = {name: [_key(who[name], item) for item in about] for name in metrics}
-        values = {name: known.get("scores", keys[name]) for name in metrics}
-        missing = [name for name in metrics if None in values[name]]
+        names = _columns(metrics, known.get("scorers", [who[name] for name in metrics]))
+        keys = {column: [_key(who[name], item, column.partition("/")[2]) for item in about]
+                for name in metrics for column in names[name]}
+        values = {column: known.get("scores", keys[column]) for column in keys}
+        missing = [name for name in metrics if any(None in values[column] for column in names[name])]
         if missing:
-            _fill(usable, missing, given, device, who, keys, values, known)
+            _fill(usable, {name: names[name] for name in missing}, given, device, who, keys, values, known)
         infos = dict(zip(metrics, known.get("scorers", [who[name] for name in metrics]), strict=True))
         prompts = [fingerprint(item.prompt) for item in usable]
         cut = {name: sum(filter(None, known.get("truncated", [_key(who[name], prompt) for prompt in prompts])))
@@ -209,9 +214,9 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     table = pd.DataFrame({"file_name": [_text(item.file_name) for item in items],
                           "prompt": [_text(item.prompt) for item in items]})
     place = {id(item): row for row, item in enumerate(items)}
-    for name in metrics:
+    for name, found in values.items():
         column = np.full(len(items), np.nan, np.float32)
-        for item, value in zip(usable, values[name], strict=True):
+        for item, value in zip(usable, found, strict=True):
             column[place[id(item)]] = np.nan if value is None else value
         table[name] = column
     table["problem"] = [item.problem for item in items]
@@ -227,17 +232,26 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _key(scorer: str, scored: str) -> str:
-    """Where the database keeps what a scorer says of an image with its prompt, or of a prompt."""
-    return f"{scorer}:{scored}"
+def _key(scorer: str, scored: str, column: str = "") -> str:
+    """Where the database keeps what a scorer says of an image with its prompt, in one of its columns; or of a prompt."""
+    return f"{scorer}:{scored}" + (f":{column}" if column else "")
 
 
-def _fill(usable: Sequence[Item], names: Sequence[str], given: Mapping[str, Mapping[str, Any]], device: str,
-          who: Mapping[str, str], keys: Mapping[str, list[str]], values: Mapping[str, list[Any]],
+def _columns(metrics: Sequence[str], infos: Sequence[str | None]) -> dict[str, list[str]]:
+    """The columns of each metric, as it said of itself when it was last loaded: a look-up need not import it."""
+    said = {name: json.loads(info)["columns"] for name, info in zip(metrics, infos, strict=True)
+            if info and "columns" in json.loads(info)}
+    return {name: [column["name"] for column in said[name]] if name in said
+            else [column.name for column in registry.metric(name).table_columns()] for name in metrics}
+
+
+def _fill(usable: Sequence[Item], names: Mapping[str, Sequence[str]], given: Mapping[str, Mapping[str, Any]],
+          device: str, who: Mapping[str, str], keys: Mapping[str, list[str]], values: Mapping[str, list[Any]],
           known: Scores) -> None:
     """Score what is missing chunk by chunk, and remember each chunk; models are loaded for the first whole image."""
     scorers = None
-    rows = [row for row in range(len(usable)) if any(values[name][row] is None for name in names)]
+    columns = [column for own in names.values() for column in own]
+    rows = [row for row in range(len(usable)) if any(values[column][row] is None for column in columns)]
     for chunk, images in _decoded(usable, rows):
         whole = [(row, image) for row, image in zip(chunk, images, strict=True) if image is not None]
         if not whole:
@@ -245,21 +259,25 @@ def _fill(usable: Sequence[Item], names: Sequence[str], given: Mapping[str, Mapp
         scorers = scorers or _loaded(names, given, device, who, known)
         prompts = [usable[row].prompt for row, _ in whole]
         scores = scorers.score([image for _, image in whole], prompts)
+        for column in columns:
+            for (row, _), value in zip(whole, scores[column], strict=True):
+                values[column][row] = float(value)
+            known.put("scores", {keys[column][row]: values[column][row] for row, _ in whole})
         for name, metric in scorers.metrics.items():
-            for (row, _), value in zip(whole, scores[name], strict=True):
-                values[name][row] = float(value)
-            known.put("scores", {keys[name][row]: values[name][row] for row, _ in whole})
             known.put("truncated", {_key(who[name], fingerprint(prompt)): metric.count_truncated([prompt])
                                     for prompt in set(prompts)})
 
 
-def _loaded(names: Sequence[str], given: Mapping[str, Mapping[str, Any]], device: str, who: Mapping[str, str],
-            known: Scores) -> Scorers:
+def _loaded(names: Mapping[str, Sequence[str]], given: Mapping[str, Mapping[str, Any]], device: str,
+            who: Mapping[str, str], known: Scores) -> Scorers:
     """The scorers; what they say of themselves is remembered, so that a later look-up need not load them."""
     from bench.evaluate import Scorers  # only here: looking up old scores needs no models
 
-    scorers = Scorers.load(names, options=given, device=device)
-    known.put("scorers", {who[name]: json.dumps(info) for name, info in scorers.info().items()})
+    scorers = Scorers.load(list(names), options=given, device=device)
+    if [column.name for column in scorers.columns] != [column for own in names.values() for column in own]:
+        raise BenchError(f"{', '.join(names)}: other columns than in the scores of before; delete {known.path}, which "
+                         "is made anew")
+    known.put("scorers", {who[name]: json.dumps(info) for name, info in scorers.protocol().items()})
     return scorers
 
 
@@ -335,9 +353,10 @@ def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, 
     """Means and what was cut, then every problem on a line of its own."""
     lines = [f"{protocol['scored']} of {len(table)} images scored"]
     for name in metrics:
-        column, info = table[name].dropna(), protocol["metrics"].get(name, {})
-        cut = info.get("truncated_prompts", 0)
-        lines.append(f"  {name:<18} mean {column.mean():.4f}  sd {column.std():.4f}  ({cut} prompts truncated)")
+        cut = protocol["metrics"].get(name, {}).get("truncated_prompts", 0)
+        for column in (column for column in table if column == name or str(column).startswith(f"{name}/")):
+            found = table[column].dropna()
+            lines.append(f"  {column:<18} mean {found.mean():.4f}  sd {found.std():.4f}  ({cut} prompts truncated)")
     troubled = table[table["problem"] != ""]
     lines += [f"  {printable(row.file_name) or '(no image)'}: {printable(row.problem)}"
               for row in troubled.itertuples()]

@@ -85,8 +85,9 @@ def test_every_kind_of_prompts_file(folder, tmp_path, name):
     assert table["prompt"].tolist() == [row["prompt"] for row in ROWS] and not table["problem"].any()
     expected = [np.asarray(Image.open(folder / row["file_name"])).mean() + len(row["prompt"]) for row in ROWS]
     np.testing.assert_allclose(table["brightness"], expected, rtol=1e-6)
-    assert protocol["metrics"]["brightness"] == {"version": "1", "truncates": "prompts after 5 letters",
-                                                 "truncated_prompts": 1} and protocol["scored"] == 4
+    assert protocol["metrics"]["brightness"] == {
+        **Brightness.description(), "version": "1", "truncates": "prompts after 5 letters",
+        "truncated_prompts": 1} and protocol["scored"] == 4
 
 
 def test_metadata_in_the_folder_is_found(folder):
