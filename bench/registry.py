@@ -87,8 +87,13 @@ def method(name: str) -> type[Method]:
 
 
 def metric(name: str) -> type[Metric]:
-    """The metric class behind a name; BenchError where it calls itself otherwise, or repeats a column."""
-    found: type[Metric] = _load("metrics", name)
+    """The metric class behind a name; BenchError where it is none, or not as metrics/base.py asks."""
+    from metrics.base import Metric
+
+    found = _load("metrics", name)
+    if not (isinstance(found, type) and issubclass(found, Metric)):
+        raise BenchError(f"metric {name!r}: {targets('metrics')[name]} is no subclass of metrics.base.Metric; "
+                         "metrics/README.md tells how to write one")
     if found.name != name:
         raise BenchError(f"metric {name!r}: {found.__module__}.{found.__qualname__} calls itself {found.name!r}; "
                          "register it under that name")

@@ -233,7 +233,7 @@ def _text(text: str) -> str:
 
 
 def _key(scorer: str, scored: str, column: str = "") -> str:
-    """Where the database keeps what a scorer says of an image with its prompt, in one of its columns; or of a prompt."""
+    """Where the database keeps what a scorer says of an image with its prompt, column by column, or of a prompt."""
     return f"{scorer}:{scored}" + (f":{column}" if column else "")
 
 

@@ -21,7 +21,7 @@ NAMED = 3  # more models than these are counted in a sentence
 class Verdict:
     """Which models of a setting are told apart by the lead metric (for how, see `reports.apart`).
 
-    order: the models, highest mean first. value: the mean of the first of them, gain: its paired difference to the
+    order: the models, best mean first. value: the mean of the first of them, gain: its paired difference to the
     base, None where there is none. above, below: models told apart from the base. alike: the largest groups within
     which no two models are told apart; two models in no group together are told apart, in the order of their means.
     """
@@ -43,8 +43,13 @@ class Verdict:
 
     @property
     def best(self) -> str:
-        """The highest mean, told apart or not."""
+        """The best mean, told apart or not."""
         return self.order[0]
+
+    @property
+    def top(self) -> str:
+        """What its mean is among the others'."""
+        return "highest" if self.column.higher_is_better else "lowest"
 
     @property
     def speaks_of(self) -> str:
@@ -59,12 +64,12 @@ class Verdict:
         if not others:
             return f"only {self.best} was scored"
         if BASE not in self.order:
-            return f"{self.best} highest, {unclear}" if near else f"{self._says([self.best])} than all others"
+            return f"{self.best} {self.top}, {unclear}" if near else f"{self._says([self.best])} than all others"
         if self.above == [self.best]:
             tail = f", {unclear}" if near else " and all others" if len(others) > 1 else ""
             return f"{self._says(self.above)} than {BASE}{tail}"
         if self.above:
-            tail = f"highest, {unclear}" if near else "above all others"
+            tail = f"{self.top}, {unclear}" if near else "above all others"
             return f"{self._says(self.above)} than {BASE}, {self.best} {tail}"
         noun = self.speaks_of.removesuffix("s")
         if self.below:
@@ -77,7 +82,7 @@ class Verdict:
         many = f"{'all' if len(models) == every else f'{len(models)} of'} {every} {self.speaks_of}"
         if self.speaks_of == METHODS:
             return f"{listed(models, many)} {'is' if one else 'are'} {'better' if higher else 'worse'}"
-        verb = f"score{'s' if one else ''} {'higher' if higher else 'lower'}"
+        verb = f"score{'s' if one else ''} {'higher' if higher == self.column.higher_is_better else 'lower'}"
         if len(models) > NAMED:
             return f"{many} {verb}"
         return f"{'this checkpoint' if one else 'these checkpoints'} of {listed(models, many)} {verb}"

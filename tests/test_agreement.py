@@ -50,6 +50,14 @@ def test_over_images_it_is_scipys_correlation(runs: Runs) -> None:
         assert pd.isna(row["told_apart"])
 
 
+def test_a_defect_agrees_with_the_judge_where_it_falls(runs: Runs) -> None:
+    images = wide(runs)
+    tidy = agreement.table(runs, guidance=3.0, metrics=["pickscore", "judge/fade"])
+    row = one(tidy, "images", "pickscore", "judge/fade")
+    assert row["spearman"] == pytest.approx(-spearmanr(images["pickscore"], images["judge/fade"]).statistic)
+    assert not tidy["beside"].any()  # it is the judge's, but not what decides who won
+
+
 def test_over_changes_and_models(runs: Runs) -> None:
     tidy = agreement.table(runs, guidance=3.0)
     by_model = wide(runs).groupby(["model", "prompt_id"], observed=True).mean()

@@ -12,6 +12,8 @@ from bench import registry
 from bench.errors import BenchError, UsageError
 from methods.sft import SFT
 from methods.signals import Signal
+from metrics.base import Metric
+from metrics.columns import Column
 
 
 @pytest.fixture
@@ -67,3 +69,20 @@ def test_a_broken_plug_in_is_named_when_it_is_used_and_not_before(third_party):
 def test_a_plug_in_that_breaks_the_contract_is_named(third_party, name, said):
     with pytest.raises(BenchError, match=f"method '{name}'.*{said}"):
         registry.method(name)
+
+
+@pytest.mark.parametrize(("attributes", "problem"), [
+    (None, "is no subclass of metrics.base.Metric"),
+    ({"name": "mine"}, "calls itself 'mine'; register it under that name"),
+    ({"name": "theirs", "columns": ()}, r"columns need names of their own, without a slash; it has \[\]"),
+    ({"name": "theirs", "columns": (Column("a", "A"), Column("a", "B"))}, r"it has \['a', 'a'\]"),
+    ({"name": "theirs", "columns": (Column("theirs/a", "A"),)}, r"it has \['theirs/a'\]"),
+])
+def test_a_plugged_in_metric_is_checked_when_it_is_loaded(monkeypatch, attributes, problem):
+    module = ModuleType("other_package")
+    module.Theirs = object if attributes is None else type("Theirs", (Metric,), {"title": "Theirs", **attributes})
+    monkeypatch.setitem(sys.modules, "other_package", module)
+    points = EntryPoints([EntryPoint("theirs", "other_package:Theirs", "bench.metrics")])
+    monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
+    with pytest.raises(BenchError, match=f"^metric 'theirs': .*{problem}"):
+        registry.metric("theirs")

@@ -85,6 +85,15 @@ def test_best_of_several_images_is_that_of_the_highest_average_not_of_the_first_
     assert best["average"] == [13, 13.5]
 
 
+def test_where_less_is_better_it_wins_and_is_the_best_of_several() -> None:
+    """Of a defect: 1 beats 2, and the better of two pictures is the one with less; differences keep their sign."""
+    rows = long({"base": np.array([[2.0, 4], [3, 5]]), "a": np.array([[1.0, 3], [3, 6]])}, "judge/fade")
+    scores = gather(rows, ["base", "a"])
+    assert stats.compare(scores, "judge/fade", "winrate", "base", "one")["value"].tolist() == [0.75]
+    assert stats.compare(scores, "judge/fade", "mean", "base", "one")["value"].tolist() == [-0.5]
+    assert stats.per_prompt(scores, "best")[1, 0, :, 0].tolist() == [1, 3]
+
+
 def test_best_is_of_nothing_where_nothing_selects() -> None:
     """A model without one of the averaged scores has no best image, rather than its first one."""
     rows = [long({"a": np.ones((3, 2)), "b": np.ones((3, 2))}), long({"a": np.ones((3, 2))}, "aesthetic")]

@@ -90,13 +90,13 @@ def test_two_training_seeds_speak_of_methods(tmp_path: Path) -> None:
         assert json.loads(json.dumps(told))[0]["above_base"] == verdicts(runs)[0].order[:-1]
 
 
-def said(better: list[tuple[str, str]], order: list[str], seeds: int = 2) -> Verdict:
+def said(better: list[tuple[str, str]], order: list[str], seeds: int = 2, lead: str = LEAD) -> Verdict:
     """A verdict in which exactly these (better, worse) pairs are told apart."""
     found = given(better, tuple(order))
     apart = type(found)(found.models, found.pairs, seeds, 1.0)
     above = [a for a in order if (a, "base") in better]
     below = [a for a in order if ("base", a) in better]
-    column, value = of_before(LEAD), Estimate(1, 0, 2)
+    column, value = of_before(lead), Estimate(1, 0, 2)
     return Verdict(("test", 3.0), column, apart, order, value, None, above, below, apart.alike(order))
 
 
@@ -127,6 +127,14 @@ def said(better: list[tuple[str, str]], order: list[str], seeds: int = 2) -> Ver
 def test_statements_by_hand(better: list, order: list, methods: str, checkpoints: str) -> None:
     assert said(better, order).statement == methods
     assert said(better, order, seeds=1).statement == checkpoints
+
+
+def test_where_less_is_better_the_best_is_the_lowest() -> None:
+    better = [("A", "base"), ("B", "base")]
+    found = said(better, ["A", "B", "base"], seeds=1, lead="judge/fade")
+    assert found.statement == "these checkpoints of A and B score lower than base, A lowest, not told apart from B"
+    assert said([("base", "A")], ["base", "A"], 1, "judge/fade").statement == (
+        "no checkpoint is told apart above base, this checkpoint of A scores higher")
 
 
 def test_the_listing_holds_everything_that_is_clear() -> None:
