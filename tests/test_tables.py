@@ -20,7 +20,7 @@ from reports.summary import summary
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("runs")
-    return load_runs(None, fake_runs.write_all(root, seeds=(0, 1), prompt_sets=("test", "hard"), count=60))
+    return load_runs(None, fake_runs.write_all(root, seeds=(0, 1, 2), prompt_sets=("test", "hard"), count=60))
 
 
 def test_values_are_those_of_the_scores(runs: Runs) -> None:
