@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import tiny_bench
 import yaml
+from safetensors.torch import load_file
 
 from bench import cli, experiment, registry, runs
 from bench.data import PreferenceData
@@ -353,7 +354,9 @@ def test_killed_in_every_stage_and_resumed_the_table_is_the_same(here, elsewhere
 
 
 def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch):
-    """Equal to the last bit, since each process's share of a training batch is one micro-batch.
+    """Equal samples of the opponent and equal signals to the last bit: a process's share of a training batch is one
+    micro-batch. Of the second iteration's weights the last bit depends on the processor (on a Zen 4 they differ by
+    1.5e-8, on others by nothing), and with it the last grey level of an image.
 
     A result inside their second iteration, which the one process did not make, changes nothing.
     """
@@ -374,8 +377,14 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
     alone = run_of("spin").folder
     np.testing.assert_array_equal(losers, np.load(alone / "stages" / "opponent1" / "latents.npy"))
     pd.testing.assert_frame_equal(history, history_of(alone), check_exact=True)
-    pd.testing.assert_frame_equal(scores, pd.read_parquet(alone / "scores.parquet").drop(columns="run"),
-                                  check_exact=True)
+    weights = {folder: load_file(folder / "iter2/unet/diffusion_pytorch_model.safetensors")
+               for folder in (alone, elsewhere / run.folder)}
+    ours, theirs = weights.values()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-7
+    expected = pd.read_parquet(alone / "scores.parquet").drop(columns="run")
+    first, exact = expected["iteration"] < 2, {"check_exact": True}
+    pd.testing.assert_frame_equal(scores[first], expected[first], **exact)
+    pd.testing.assert_frame_equal(scores, expected, check_exact=False, rtol=0, atol=0.001 * expected["value"].std())
 
 
 INSIDE = ("--method sft --set methods.sft.iterations.0.steps=6 --set methods.sft.iterations.0.checkpoints=[2,4] "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import pytest
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from bench import registry
 from bench.errors import BenchError, UsageError
+from bench.experiment import Experiment
 from bench.listing import method_records
 from bench.suites import Iteration, Suite, load_suite, options
 from methods.diffusion_dpo import DiffusionDPO
@@ -108,7 +110,8 @@ def test_a_variants_options_are_those_of_its_method():
 def test_an_entry_of_a_method_that_is_not_installed_waits_for_those_who_have_it():
     suite = loaded("methods.elsewhere={iterations: [{steps: 1, lr: 1.0, anything: 3}]}")
     assert suite.entries("sft") == ["sft"]
-    assert suite.model_dump()["methods"]["elsewhere"]["iterations"] == [{"steps": 1, "lr": 1.0, "anything": 3}]
+    assert suite.model_dump()["methods"]["elsewhere"]["iterations"] == [
+        {"steps": 1, "lr": 1.0, "checkpoints": [], "anything": 3}]
     with pytest.raises(UsageError, match="unknown method 'elsewhere'"):
         suite.entries("elsewhere")
 
@@ -145,6 +148,17 @@ def test_only_what_differs_from_a_default_decides_a_stage():
     assert options.identity(DiffusionDPO, {"beta": 5, "weighting": "min_snr"}) == {
         "beta": 5.0, "weighting": "min_snr"}
     assert options.identity(SFT, {}) == {}
+
+
+def test_options_decide_the_stage_of_a_training_unless_they_are_at_their_default():
+    def chosen(**own: object) -> dict:
+        made = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0, **own)], methods=[SPIN(1.0)])
+        return Experiment.chosen(made, 1)
+
+    assert chosen(beta=2) == chosen(beta=2.0, weighting="constant") == {"beta": 2.0}
+    assert chosen(beta=2.0, weighting="min_snr") == {"beta": 2.0, "options": {"weighting": "min_snr"}}
+    sft = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0)], methods=[SFT()])
+    assert Experiment.chosen(sft, 1) == {"beta": None}
 
 
 def test_settings_of_older_runs_are_read():

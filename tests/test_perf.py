@@ -90,7 +90,7 @@ def test_perf_sample(tiny_pipeline_folder, capsys):
 
 def test_perf_score(capsys, monkeypatch):
     monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
-    monkeypatch.setitem(registry.BUILT_IN["metrics"], "gloom", tiny_bench.DARKNESS)
+    monkeypatch.setitem(registry.BUILT_IN["metrics"], "gloom", tiny_bench.GLOOM)
     record = json.loads(run("perf score --metrics darkness,gloom --images 3 --repeats 2 --format json", capsys))
     assert [row["scorer"] for row in record["rows"]] == ["darkness", "gloom", "all 2"]
     assert all(row["ratio"] > 0 for row in record["rows"])

@@ -51,7 +51,7 @@ def test_two_nodes_equal_one_process(accelerator, tmp_path):
     policy = make_unet()
     train(policy, copy.deepcopy(policy), DiffusionDPO(500.0), train_tiny.make_data(),
           replace(train_tiny.SETTINGS, steps=10, batch_size=7), train_tiny.SCHEDULER, 0, accelerator)
-    together = load_unet(tmp_path / "unet")
+    together = load_unet(tmp_path / "unet" / DiffusionDPO.name)
     one, two = (torch.cat([p.detach().flatten() for p in unet.parameters()]) for unet in (policy, together))
     assert (one - two).norm() / one.norm() < 1e-6
 

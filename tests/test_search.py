@@ -128,7 +128,7 @@ def test_the_measured_suite_gives_every_method_the_same_budget():
                                                           "iteration, 48 pairs"),
     ({"spin": [{"lr": [1e-3, 1e-2]}, {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}]}, "spin 2 or 4 settings an iteration"),
     ({"spin": [{"lr": [1e-3, 1e-2, -1.0]}, {"lr": [1e-4, 1e-3, 1e-2]}]}, "search.grids.spin.0.lr"),
-    ({"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]}, "did you mean 'search.grids.sft.0.lr'"),
+    ({"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]}, "unknown setting 'search.grids.sft.0.lrr' (did you mean 'lr'?)"),
     ({"sft": [{"steps": [4], "lr": [1e-3, 1e-3, 1e-1]}]}, "names a setting twice"),
     ({"spn": SEARCH["grids"]["spin"]}, "did you mean 'spin'"),
 ])

@@ -31,7 +31,7 @@ def test_values_are_those_of_the_scores(runs: Runs) -> None:
     row = tidy.loc["SPIN-2"]
     assert row["value"] == pytest.approx(rows["value"].mean())
     assert row["low"] < row["value"] < row["high"]
-    assert (row["n_prompts"], row["n_seeds"], tidy.loc["base", "n_seeds"]) == (60, 2, 1)
+    assert (row["n_prompts"], row["n_seeds"], tidy.loc["base", "n_seeds"]) == (60, 3, 1)
 
 
 def test_defaults_differences_and_win_rates(runs: Runs) -> None:
@@ -86,7 +86,7 @@ def test_formats_for_people_name_their_protocol_and_set_the_judge_apart(runs: Ru
         "prompt set hard",
         "guidance 3",
         "60 prompts",
-        "2 training seeds",
+        "3 training seeds",
         "mean over the images",
         "about methods",
         "judge, a network that reads",

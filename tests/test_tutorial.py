@@ -21,7 +21,7 @@ FILES = {text.splitlines()[0].removeprefix("# "): text for language, text in BLO
 (COMMANDS,) = [text.splitlines() for language, text in BLOCKS if language == "sh"]
 HINGE = "methods.hinge={iterations: [{steps: 2, lr: 1e-3, beta: 100, margin: 2, power: 2}]}"
 SMALL = ("data.size=8", "train.batch_size=4", "train.micro_batch=4", "train.log_every=1", "opponent.steps=1",
-         "evaluation.steps=1", "evaluation.guidance=[1.0]", "metrics=[aesthetic]", "judge=null",
+         "evaluation.steps=1", "evaluation.guidance=[1.0]", "metrics=[aesthetic]",
          "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 4}}",
          *(f"methods.{name}.iterations.0.steps=2" for name in ("ipo", "ipo-near", "diffusion_dpo")))
 

@@ -15,7 +15,7 @@ import yaml
 from bench import cli, registry, runs
 from metrics.base import Images, Metric
 
-DARKNESS = "tiny_bench:Darkness"
+DARKNESS, GLOOM = "tiny_bench:Darkness", "tiny_bench:Gloom"
 SUITE = {
     "name": "tiny",
     "data": {"pairs": "world", "size": 12, "seed": 1},
@@ -46,6 +46,13 @@ class Darkness(Metric):
     def info(self) -> dict[str, str]:
         return {"version": "1", "checkpoint": "none", "scale": "0 to 255", "preprocessing": "none",
                 "truncates": "nothing"}
+
+
+class Gloom(Darkness):
+    """The same under another name."""
+
+    name = "gloom"
+    title = "Gloom"
 
 
 def write_suite(folder: Path, weights: Path) -> Path:

@@ -28,8 +28,9 @@ from bench.mini import MINI_WEIGHTS, pixels, vae
 from bench.mini.judge import SCORES, Judge, SecondJudge, parse, rated, scenes
 from bench.mini.pools import rendered, rough_pair
 from bench.progress import track
-from reports import stats, uncertainty
+from reports import stats
 from reports.agreement import correlation, spearman
+from reports.uncertainty import LEVEL
 
 READERS = ("judge", "judge2", "pixels")
 TRUTH = "truth"  # the reader of drawings, which knows
@@ -236,7 +237,7 @@ def _interval(drawn: np.ndarray) -> tuple[float, float, float]:
     finite = drawn[1:][np.isfinite(drawn[1:])]
     if not np.isfinite(drawn[0]) or not len(finite):
         return np.nan, np.nan, np.nan
-    tail = (1 - uncertainty.LEVEL) / 2
+    tail = (1 - LEVEL) / 2
     return float(drawn[0]), *map(float, np.quantile(finite, [tail, 1 - tail]))
 
 

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from bench.errors import UsageError, did_you_mean
-from bench.suites import Iteration, Search, Suite, keys
+from bench.suites import Iteration, Search, Suite, keys, options
+from methods.base import Method
 
 Setting = dict[str, Any]  # all that an iteration is given, by name, without what is null
 Side = Literal["low", "high"]
@@ -28,15 +29,19 @@ def settings(suite: Suite, entry: str, number: int) -> list[Setting]:
     listed = suite.schedule(entry, number)[-1].model_dump(exclude=READOUTS)
     grid = of(suite).grids[entry][number - 1]
     changes = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    return [_resolved({**listed, **change}, entry, number) for change in changes]
+    place = ("search", "grids", entry, str(number - 1))
+    return [_resolved({**listed, **change}, suite.method(entry), place) for change in changes]
 
 
-def _resolved(values: Setting, entry: str, number: int) -> Setting:
+def _resolved(values: Setting, method: type[Method], place: tuple[str, ...]) -> Setting:
+    """A setting as an iteration and the method's options take it; the name of what they do not."""
     try:
-        return Iteration.model_validate(values).model_dump(exclude=READOUTS, exclude_none=True)
+        iteration = Iteration.model_validate(values)
+        options.resolve(method, iteration.options, place)
+        return iteration.model_dump(exclude=READOUTS, exclude_none=True)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        place = ("search", "grids", entry, str(number - 1))
+        entry = place[2]
         known = {"search": {"grids": {entry: {place[-1]: dict.fromkeys(Iteration.model_fields)}}}}
         raise UsageError(keys.explain({**problem, "loc": (*place, *problem["loc"])}, known)) from error
 
