@@ -128,7 +128,8 @@ def test_the_measured_suite_gives_every_method_the_same_budget():
                                                           "iteration, 48 pairs"),
     ({"spin": [{"lr": [1e-3, 1e-2]}, {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}]}, "spin 2 or 4 settings an iteration"),
     ({"spin": [{"lr": [1e-3, 1e-2, -1.0]}, {"lr": [1e-4, 1e-3, 1e-2]}]}, "search.grids.spin.0.lr"),
-    ({"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]}, "unknown setting 'search.grids.sft.0.lrr' (did you mean 'lr'?)"),
+    ({"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]},
+     "unknown setting 'search.grids.sft.0.lrr' (did you mean 'lr'?)"),
     ({"sft": [{"steps": [4], "lr": [1e-3, 1e-3, 1e-1]}]}, "names a setting twice"),
     ({"spn": SEARCH["grids"]["spin"]}, "did you mean 'spin'"),
 ])
@@ -344,7 +345,7 @@ def test_runs_of_a_suite_with_and_without_a_search_are_compared(monkeypatch, tmp
     ({"prompts": "world:test"}, "3 of 3 prompts of world:test are in evaluation.prompt_sets.test too"),
     ({"metric": "darknes"}, "did you mean 'darkness'"),
     ({"metric": "judge/utility"}, "the suite has no 'judge/utility'"),
-    ({"grids": {"sft": [{"beta": [1.0, 2.0, 3.0]}]}}, "methods.sft"),
+    ({"grids": {"sft": [{"beta": [1.0, 2.0, 3.0]}]}}, "unknown setting 'search.grids.sft.0.beta'; sft takes"),
 ])
 def test_a_search_that_cannot_be_is_refused(elsewhere, tiny_pipeline_folder, capsys, change, said):
     write_suite(elsewhere, tiny_pipeline_folder, search={**SEARCH, **change})

@@ -40,7 +40,8 @@ def test_three_seeds_and_two_prompts_by_hand() -> None:
 def test_two_seeds_by_hand() -> None:
     """Means of seeds 2, 5 and of prompts 2, 4, 4.5; residuals +-.5, -+.5, 0.
 
-    B = 4.5 / 2, V = 1.75 / 3, R = (1 / 2) / 6. Of the variance B + V - R = 2.75 all counts as between seeds: one degree of freedom.
+    B = 4.5 / 2, V = 1.75 / 3, R = (1 / 2) / 6. Of the variance B + V - R = 2.75 all counts as between seeds: one
+    degree of freedom.
     """
     found = estimates(np.array([[[1.0, 2, 3], [3, 6, 6]]]))
     assert found.p[0] == pytest.approx(1 - 2 / math.pi * math.atan(3.5 / math.sqrt(2.75)))
