@@ -1,6 +1,6 @@
 # make run    the embedded default end to end: every method, then the report
 # make test   the test suite        make lint   ruff        make setup   the environment alone
-# make measure   what results/measured/mini_comparison.csv holds: three seeds, checkpoints at equal pairs and equal FLOPs
+# make measure   what results/measured/mini_comparison.csv holds: eight seeds, checkpoints at equal pairs and equal FLOPs
 #
 # Every target first sets up .venv when it is missing or when the dependencies changed.
 PYTHON ?= python3
@@ -33,9 +33,9 @@ quotes: $(STAMP)
 
 # Everything is in bench/suites/mini-measured.yaml but this: all 500 test prompts, and no others. The settings
 # come from `bench search`.
-SEEDS ?= 0 1 2
+SEEDS ?= 0 1 2 3 4 5 6 7
 MEASURED := results/measured/mini_comparison.csv
-AGAINST := base SFT-1 SFT-3 SFT-4 SFT-5 Diffusion-DPO-2 Diffusion-DPO-3 SPIN-1 SPIN-2 SPIN-3 spin-g3-1 spin-g3-2
+AGAINST := base SFT@100 SFT@267 SFT@300 SFT@800 Diffusion-DPO@200 Diffusion-DPO@300 SPIN-1 SPIN-2 SPIN-3 spin-g3-1 spin-g3-2
 measure: $(STAMP)
 	for seed in $(SEEDS); do $(BIN)/bench run --suite mini-measured --method all --iters 3 --seed $$seed \
 	  --set "evaluation.prompt_sets={test: {prompts: 'world:test'}}" || exit 1; done
@@ -43,6 +43,7 @@ measure: $(STAMP)
 	$(BIN)/bench table --format csv --stat winrate | tail -n +2 >> $(MEASURED)
 	for model in $(AGAINST); do $(BIN)/bench table --format csv --against $$model | tail -n +2 >> $(MEASURED); done
 	$(BIN)/bench table --format csv --stat agreement > results/measured/mini_agreement.csv
+	$(BIN)/python -m bench.mini.warrant results/runs/* -o results/measured/judge.csv
 	$(BIN)/python -c "import glob, json; read = lambda path: json.load(open(path)); \
 	  print(json.dumps([{**read(f'{run}/protocol.json'), 'cost': {name: value for name, value in \
 	  read(f'{run}/cost.json').items() if 'stages' not in name}} for run in sorted(glob.glob('results/runs/*'))], \
