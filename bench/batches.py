@@ -54,7 +54,7 @@ class TrainData:
         Winner and loser of a pair are mirrored together: what tells them apart must not be that text in one of
         them is reversed.
         """
-        sides = (self.winners, self.losers) if paired else (self.winners,)
+        sides = [side for side in (self.winners, self.losers if paired else None) if side is not None]
         rows = (samples,) if self.winners.ndim == 4 else (samples, flips(seed, step, samples))
         return np.concatenate([side[rows] for side in sides]).astype(np.float32, copy=False)
 

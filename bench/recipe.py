@@ -73,7 +73,7 @@ def make_accelerator(precision: str) -> Accelerator:
 def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings,
                    device: torch.device) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or the same with its two moments in 8 bits (arXiv 2110.02861)."""
-    options = {"lr": settings.lr, "betas": (settings.adam_beta1, settings.adam_beta2),
+    options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.adam_beta1, settings.adam_beta2),
                "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)

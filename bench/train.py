@@ -20,63 +20,18 @@ from bench import adapters
 from bench.batches import Batch, TrainData, facts, micro_batches, sample_order
 from bench.checkpoint import Checkpoints, load_state, save_state
 from bench.compiled import expect_same_gradients
+from bench.denoising import Denoiser, denoising_errors, differences, inner_products
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.models import load_unet, save_unet
 from bench.progress import track
 from bench.recipe import TrainSettings, make_optimizer
 from bench.signals import Broken, Row, Signals, Watch
-from methods.base import Errors, Facts, Method, Pairing, Products
+from methods.base import Errors, Facts, Method, Pairing
 from methods.signals import LOSS, WINNER_ERROR
 
 __all__ = ["TrainData", "TrainSettings", "train"]
 
 Keep = Callable[[int, float], None]  # of a step and the seconds until then
-
-
-class Denoiser(nn.Module):
-    """A UNet that answers with the predicted noise in fp32, whatever it was trained to predict.
-
-    The loop hands this shell to accelerate and to torch.compile, so that no wrapper stays on the UNet itself.
-    """
-
-    def __init__(self, unet: nn.Module, prediction_type: str):
-        super().__init__()
-        self.unet = unet
-        self.prediction_type = prediction_type
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, alpha_bar: Tensor, context: Tensor) -> Tensor:
-        output = self.unet(noisy, timesteps, encoder_hidden_states=context).sample.float()
-        return predicted_noise(output, noisy, alpha_bar, self.prediction_type)
-
-
-def predicted_noise(output: Tensor, noisy: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The noise a UNet's output stands for; of v: sqrt(a) v + sqrt(1 - a) x_t (arXiv 2202.00512, app. D)."""
-    if prediction_type == "epsilon":
-        return output
-    if prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * noisy
-    raise BenchError(f"prediction type {prediction_type!r} cannot be trained; known: epsilon, v_prediction")
-
-
-def differences(denoiser: nn.Module, batch: Batch) -> Tensor:
-    """noise - predicted noise, fp32 [R, C, h, w]."""
-    return batch.noise - denoiser(batch.noisy, batch.timesteps, batch.alpha_bar, batch.context)
-
-
-def denoising_errors(difference: Tensor, paired: bool) -> Errors:
-    """Mean over C, H, W of the squared difference, split into winners and losers."""
-    error = difference.square().mean(dim=(1, 2, 3))
-    return Errors(*error.chunk(2)) if paired else Errors(error)
-
-
-def inner_products(policy: Tensor, reference: Tensor | None, paired: bool) -> Products:
-    """Of differences [R, C, h, w]: the policy's on the winner with its own on the loser, and with the reference's."""
-    winner, loser = policy.chunk(2) if paired else (policy, None)
-
-    def product(other: Tensor) -> Tensor:
-        return (winner * other[:len(winner)]).mean(dim=(1, 2, 3))
-
-    return Products(None if loser is None else product(loser), None if reference is None else product(reference))
 
 
 class Pass(NamedTuple):
@@ -120,7 +75,7 @@ def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, 
             loop.step(step)
             if (step + 1) % settings.log_every == 0 or step + 1 == settings.steps:
                 loop.log(step)
-            if step + 1 in results:  # before the state to resume from, so that no resumed training passes it by
+            if keep and step + 1 in results:  # before the state to resume from: no resumed training passes it by
                 loop.result(step + 1, keep)
             if checkpoints and checkpoints.due(step + 1) and step + 1 < settings.steps:
                 loop.save(checkpoints, step)

@@ -14,12 +14,14 @@ from torch import Tensor
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
 from bench.batches import facts
+from bench.denoising import denoising_errors, inner_products
 from bench.errors import BenchError
-from bench.train import Loop, denoising_errors, inner_products, train
+from bench.train import Loop, train
 from methods.base import Errors, Facts, Products
 from methods.diffusion_dpo import DiffusionDPO
 from methods.preference import preference_loss
 from methods.sft import SFT
+from methods.spin import SPIN
 from methods.weightings import WEIGHTINGS, h_squared, min_snr
 
 TABLE = torch.tensor([0.9, 0.5, 0.1])  # alpha_bar of a process of three timesteps
@@ -80,11 +82,12 @@ def test_h_squared_is_equation_c6_with_the_deviation_of_ddpm():
     assert ours[[0, 162, 999]].tolist() == pytest.approx([8.5e-4, 1.7e-5, 1.5e-4], rel=0.03)
 
 
-def test_a_weighting_multiplies_the_logit_and_for_sft_the_loss():
+@pytest.mark.parametrize("method", [DiffusionDPO, SPIN])
+def test_a_weighting_multiplies_the_logit_and_for_sft_the_loss(method):
     """h^2 at timestep 1 is 32/45: beta 10 * 32/45 is the same as 7.1111 without it."""
     policy, reference = pair(0.10, 0.30), pair(0.12, 0.25)
-    weighted = DiffusionDPO(10.0, weighting="h_squared").loss(policy, reference, told())
-    plain = DiffusionDPO(10 * 32 / 45).loss(policy, reference, told())
+    weighted = method(10.0, weighting="h_squared").loss(policy, reference, told())
+    plain = method(10 * 32 / 45).loss(policy, reference, told())
     torch.testing.assert_close(weighted, plain)
     assert weighted[1]["logit"].item() == pytest.approx(0.35 * 32 / 45)
     loss, _ = SFT(weighting="min_snr").loss(Errors(torch.tensor([0.2])), None, facts(torch.tensor([0]), TABLE))

@@ -24,9 +24,10 @@ from tiny import make_unet
 from train_tiny import METHODS, SCHEDULER, SETTINGS, make_data
 
 from bench.batches import TrainData, draw, flips, micro_batches, sample_order
+from bench.denoising import predicted_noise
 from bench.errors import BenchError, UsageError
 from bench.models import load_unet, save_unet
-from bench.train import TrainSettings, predicted_noise, train
+from bench.train import TrainSettings, train
 from methods.diffusion_dpo import DiffusionDPO
 from methods.sft import SFT
 from methods.spin import SPIN

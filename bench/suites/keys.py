@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench.errors import UsageError
@@ -18,7 +18,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     below = children(value)
     if not below:
         return {prefix: value}
-    dotted = {}
+    dotted: dict[str, Any] = {}
     for key, child in below.items():
         dotted |= flat(child, f"{prefix}.{key}" if prefix else key)
     return dotted
@@ -60,7 +60,7 @@ def remove(tree: dict[str, Any], path: Sequence[str | int]) -> None:
     del node[path[-1]]
 
 
-def explain(problem: dict[str, Any], known: dict[str, Any], typed: Sequence[str] = ()) -> str:
+def explain(problem: Mapping[str, Any], known: dict[str, Any], typed: Sequence[str] = ()) -> str:
     """One line for one pydantic error: `known` are the settings there are, `typed` the keys a person gave."""
     key = ".".join(str(part) for part in problem["loc"])
     deeper = next((name for name in typed if name.startswith(f"{key}.")), None)
@@ -72,7 +72,7 @@ def explain(problem: dict[str, Any], known: dict[str, Any], typed: Sequence[str]
     return f"setting '{key}': expected {_expected(problem)}, got {value!r} ({type(value).__name__})"
 
 
-def _expected(problem: dict[str, Any]) -> str:
+def _expected(problem: Mapping[str, Any]) -> str:
     plain = problem["msg"].removeprefix("Value error, ").removeprefix("Input should ").removeprefix("be ")
     plain = f"a value {plain}" if plain.startswith(("greater", "less")) else plain[0].lower() + plain[1:]
     return EXPECTED.get(problem["type"], plain)
