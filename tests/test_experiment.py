@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,7 @@ from bench.evaluate import Scorers
 from bench.experiment import Experiment
 from bench.export import export_run
 from bench.shared import Shared
-from bench.suites import Iteration, load_suite
-from methods.sft import SFT
+from bench.suites import load_suite
 from methods.signals import EVERY_TRAINING, Signal
 from methods.spin import SPIN as SPIN_CLASS
 from reports.load import load_runs
@@ -114,17 +112,6 @@ def test_the_protocol_says_what_each_iteration_did_and_what_was_logged(here):
     signals = [Signal.read(signal) for signal in record["signals"]]
     assert signals == [*SPIN_CLASS.signals, *EVERY_TRAINING]
     assert {signal.name for signal in signals} <= set(logged)
-
-
-def test_options_decide_the_stage_of_a_training_unless_they_are_at_their_default():
-    def chosen(**own: object) -> dict:
-        made = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0, **own)], methods=[SPIN_CLASS(1.0)])
-        return Experiment.chosen(made, 1)
-
-    assert chosen(beta=2) == chosen(beta=2.0, weighting="constant") == {"beta": 2.0}
-    assert chosen(beta=2.0, weighting="min_snr") == {"beta": 2.0, "options": {"weighting": "min_snr"}}
-    sft = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0)], methods=[SFT()])
-    assert Experiment.chosen(sft, 1) == {"beta": None}
 
 
 def test_images_are_where_the_report_looks_and_base_images_are_shared(here):
