@@ -8,8 +8,6 @@ from __future__ import annotations
 import filecmp
 import io
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,7 +31,7 @@ from bench.recipe import make_accelerator, require_packages
 from bench.runs import CACHE, Result
 from bench.sample import Sampler, keys, latent_shape
 from bench.shards import Rows, Share
-from bench.stages import Stage, atomic_write, fingerprint
+from bench.stages import Stage, atomic_write, fingerprint, link
 from bench.suites import Suite
 from methods.base import Pairing
 
@@ -318,7 +316,4 @@ def link_tree(source: Path, target: Path, names: Sequence[str]) -> None:
             if filecmp.cmp(source / name, target / name, shallow=False):
                 continue
             (target / name).unlink()  # the source was made again since
-        try:
-            os.link(source / name, target / name)
-        except OSError:
-            shutil.copyfile(source / name, target / name)
+        link(source / name, target / name)

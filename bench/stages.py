@@ -41,6 +41,14 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     os.replace(unfinished, path)
 
 
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 class Stage:
     """One step of a run, kept in a folder of its own.
 
@@ -88,12 +96,12 @@ class Stage:
     def damage(self) -> list[Damage]:
         """Every file of a result of these inputs that is not what was written."""
         try:
-            json.loads((self.directory / MARKER).read_text())
+            marker = self._read_marker()
         except OSError:
             return []
         except ValueError:
             return [Damage(self.directory / MARKER, "is no marker that can be read")]
-        files = (self._marker() or {}).get("files", {})
+        files = (marker or {}).get("files", {})
         if (lost := integrity.missing(self.directory, files)) is not None:
             return [lost]
         seen = integrity.seen(self.directory, files)
@@ -109,10 +117,14 @@ class Stage:
     def _marker(self) -> dict[str, Any] | None:
         """The marker, if it is one of these inputs."""
         try:
-            marker = json.loads((self.directory / MARKER).read_text())
-            return marker if marker["hash"] == self.hash else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return self._read_marker()
+        except (OSError, ValueError):
             return None
+
+    def _read_marker(self) -> dict[str, Any] | None:
+        """The same; raises OSError where there is none, ValueError where it cannot be read."""
+        marker = json.loads((self.directory / MARKER).read_text())
+        return marker if isinstance(marker, dict) and marker.get("hash") == self.hash else None
 
     def _set_aside(self, found: list[Damage]) -> None:
         aside = integrity.set_aside(self.directory)

@@ -26,7 +26,7 @@ from bench.runs import Run
 from bench.search import grids
 from bench.search.grids import Setting
 from bench.shared import Shared
-from bench.stages import fingerprint, temporary
+from bench.stages import fingerprint, link, temporary
 from bench.suites import Iteration, Prompts, Suite
 from methods.base import Pairing
 
@@ -116,8 +116,6 @@ class Trials:
         What stands at its default is left out: a setting that a later version adds changes no hash.
         """
         changing = {"batch_size", "prompt_sets", "protocol"}
-        scorers = self.shared.scorers.info()
-        judge = scorers.pop("judge", {})  # named apart, as when it was no metric: studies of then go on
         return fingerprint({
             "method": self.suite.kind(entry), "data": self.shared.data_key, "metric": self.searched.metric,
             "train": self.suite.training(entry).model_dump(
@@ -125,7 +123,7 @@ class Trials:
             "opponent": self.suite.opponents(entry).model_dump(exclude={"batch_size"}, exclude_defaults=True)
             if self.self_play(entry) else None,
             "evaluation": self.suite.evaluation.model_dump(exclude=changing, exclude_defaults=True),
-            "prompts": self.shared.prompt_sets[PROMPT_SET].ids, "metrics": scorers, "judge": judge.get("checkpoint")})
+            "prompts": self.shared.prompt_sets[PROMPT_SET].ids, "metrics": self.shared.scorers.info()})
 
     def self_play(self, entry: str) -> bool:
         return self.suite.method(entry).pairing is Pairing.SELF_PLAY
@@ -178,15 +176,8 @@ def _branch(source: Path, target: Path) -> None:
         return
     unfinished = temporary(target)
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, copy_function=_link, ignore=shutil.ignore_patterns(".*", pieces.FOLDER))
+    shutil.copytree(source, unfinished, copy_function=link, ignore=shutil.ignore_patterns(".*", pieces.FOLDER))
     try:
         os.rename(unfinished, target)
     except OSError:  # another worker was first
         shutil.rmtree(unfinished)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
