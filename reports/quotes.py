@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 
 from bench.errors import BenchError
@@ -47,13 +48,8 @@ class Quotes:
     def row(self, model: str, against: str = "", guidance: float = 1, metric: str = LEAD,
             stat: str = "mean") -> pd.Series:
         """One row of the comparison: a model's value, or its paired difference to another, on the test prompts."""
-        rows = self.comparison
-        found = rows[(rows["model"] == model) & (rows["against"] == against) & (rows["guidance"] == guidance)
-                     & (rows["metric"] == metric) & (rows["stat"] == stat)]
-        if len(found) != 1:
-            raise BenchError(f"mini_comparison.csv has {len(found)} rows for {stat} of {metric}, {model} against "
-                             f"{against or 'nothing'} at guidance {guidance:g}; one is needed")
-        return found.iloc[0]
+        return _only("mini_comparison.csv", self.comparison, stat=stat, metric=metric, model=model, against=against,
+                     guidance=guidance)
 
     def value(self, model: str, digits: int = 3, **which: Any) -> str:
         """ "0.670": without its interval, for a base or a defect that is told beside others."""
@@ -90,24 +86,14 @@ class Quotes:
 
     def agreement(self, metric: str, unit: str, guidance: float) -> str:
         """ "0.51 [0.48, 0.55]": a metric's rank correlation with the judge over images, changes to base, or models."""
-        rows = self.table("mini_agreement.csv")
-        found = rows[(rows["first"] == metric) & (rows["second"] == LEAD) & (rows["unit"] == unit)
-                     & (rows["guidance"] == guidance)]
-        if len(found) != 1:
-            raise BenchError(f"mini_agreement.csv has {len(found)} rows for {metric} over {unit} at guidance "
-                             f"{guidance:g}; one is needed")
-        row = found.iloc[0]
+        name = "mini_agreement.csv"
+        row = _only(name, self.table(name), first=metric, second=LEAD, unit=unit, guidance=guidance)
         return f"{row['spearman']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
     def judged(self, quantity: str, first: str, second: str, guidance: float, model: str = "all") -> str:
         """ "0.95 [0.93, 0.96]": Spearman's correlation of two readings of generated images, or of models ("order")."""
-        rows = self.table("judge.csv")
-        found = rows[(rows["quantity"] == quantity) & (rows["statistic"] == "spearman") & (rows["first"] == first)
-                     & (rows["second"] == second) & (rows["model"] == model) & (rows["guidance"] == guidance)]
-        if len(found) != 1:
-            raise BenchError(f"judge.csv has {len(found)} rows for {quantity} by {first} and {second} at guidance "
-                             f"{guidance:g} of {model}; one is needed")
-        row = found.iloc[0]
+        row = _only("judge.csv", self.table("judge.csv"), quantity=quantity, statistic="spearman", first=first,
+                    second=second, guidance=guidance, model=model)
         interval = "" if pd.isna(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
         return f"{row['value']:.2f}{interval}"
 
@@ -117,6 +103,15 @@ class Quotes:
         if len(counts) != 1:
             raise BenchError(f"models of mini_comparison.csv have different numbers of training seeds: {counts}")
         return int(counts.pop())
+
+
+def _only(name: str, rows: pd.DataFrame, **which: Any) -> pd.Series:
+    """The one row of a file whose columns have these values."""
+    found = rows[np.logical_and.reduce([rows[column] == value for column, value in which.items()])]
+    if len(found) != 1:
+        asked = ", ".join(f"{column} {value!r}" for column, value in which.items())
+        raise BenchError(f"{name} has {len(found)} rows with {asked}; one is needed")
+    return found.iloc[0]
 
 
 def render(template: Path, folder: Path = MEASURED) -> str:
