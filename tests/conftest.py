@@ -49,6 +49,18 @@ def tiny_pipeline_folder(tiny_pipeline: StableDiffusionPipeline,
     return folder
 
 
+@pytest.fixture(scope="module")
+def darkness() -> Iterator[None]:
+    """A metric that needs no weights, under its name for the tests of a module."""
+    import tiny_bench
+
+    from bench import registry
+
+    registry.BUILT_IN["metrics"]["darkness"] = tiny_bench.DARKNESS
+    yield
+    del registry.BUILT_IN["metrics"]["darkness"]
+
+
 @pytest.fixture
 def make_accelerator() -> Iterator[Callable[[str], Accelerator]]:
     """Build a CPU accelerator; accelerate keeps its precision in a global to be cleared between tests."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +13,11 @@ import pytest
 import tiny_bench
 import yaml
 from safetensors.torch import load_file
+from tiny_bench import SPIN, bench, history_of, run_of, scores_of, start, unets_of
 
-from bench import cli, experiment, registry, runs
+from bench import experiment, runs
 from bench.data import PreferenceData
 from bench.errors import UsageError
-from bench.evaluate import Scorers
 from bench.experiment import Experiment
 from bench.export import export_run
 from bench.shared import Shared
@@ -30,19 +26,9 @@ from methods.signals import EVERY_TRAINING, Signal
 from methods.spin import SPIN as SPIN_CLASS
 from reports.load import load_runs
 
-SPIN = "run --suite tiny.yaml --method spin --iters 2"
-ORDER = ["method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def darkness():
-    registry.BUILT_IN["metrics"]["darkness"] = tiny_bench.DARKNESS
-    yield
-    del registry.BUILT_IN["metrics"]["darkness"]
-
 
 @pytest.fixture(scope="module")
-def workplace(tiny_pipeline_folder, tmp_path_factory) -> Path:
+def workplace(darkness, tiny_pipeline_folder, tmp_path_factory) -> Path:
     """A folder with the suite and the three runs of `--method all --iters 2`."""
     folder = tmp_path_factory.mktemp("workplace")
     tiny_bench.write_suite(folder, tiny_pipeline_folder)
@@ -64,22 +50,6 @@ def elsewhere(workplace, monkeypatch, tmp_path) -> Path:
     (tmp_path / "tiny.yaml").write_text((workplace / "tiny.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def bench(line: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(line.split())
-    return caught.value.code
-
-
-def run_of(method: str) -> runs.Run:
-    (run,) = [run for run in map(runs.load, runs.ids()) if run.method == method]
-    return run
-
-
-def scores_of(folder: Path) -> pd.DataFrame:
-    table = pd.read_parquet(folder / "scores.parquet").drop(columns="run")
-    return table.sort_values(ORDER, ignore_index=True)
 
 
 def test_all_methods_leave_a_complete_record(here):
@@ -312,15 +282,6 @@ def test_interrupting_says_how_to_go_on_and_going_on_ends_the_same(here, elsewhe
     pd.testing.assert_frame_equal(resumed, scores_of(run_of("spin").folder))
 
 
-def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment})
-
-
-def history_of(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder / "history.parquet").drop(columns=["pairs_per_s", "images_per_s"])
-
-
 def test_killed_in_every_stage_and_resumed_the_table_is_the_same(here, elsewhere, monkeypatch):
     """kill -9 while opponents are sampled, after training, while images are drawn and while they are scored."""
     places = [r"/\.opponent2\..*/000001\.json$", r"runs/[^/]+/iter2$", r"g3/\.iter2\..*/000002\.json$",
@@ -374,48 +335,6 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
     pd.testing.assert_frame_equal(scores, expected, check_exact=False, rtol=0, atol=0.001 * expected["value"].std())
 
 
-INSIDE = ("--method sft --set methods.sft.iterations.0.steps=6 --set methods.sft.iterations.0.checkpoints=[2,4] "
-          "--set train.checkpoint_every=3 --set evaluation.guidance=[1.0]")
-
-
-def unets_of(run: runs.Run) -> dict[str, bytes]:
-    return {path.parts[-3]: path.read_bytes() for path in run.folder.glob("iter*/unet/*.safetensors")}
-
-
-def test_results_inside_a_training_killed_at_every_place_are_the_undisturbed_ones(elsewhere, capsys):
-    """kill -9 before each result, state, image and score of one; then the same in one piece, and without results."""
-    places = [r"/iter1@2$", r"/training1/step3$", r"/iter1@4$", r"/iter1$", r"/\.iter1@2\..*/000001\.json$",
-              r"/\.scores1@4-test-g1\..*/000000\.json$"]
-    line = f"run --suite tiny.yaml {INSIDE}"
-    done = start(tiny_bench.__file__, *line.split(), TINY_BENCH_KILLED_BEFORE=json.dumps(places))
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places), done.stderr
-    run = run_of("sft")
-    assert not runs.finished(run.folder)
-    assert bench(f"run --resume {run.id}") == 0
-    assert not [*run.folder.rglob(".*.tmp"), *run.folder.rglob(".*.part"), *run.folder.rglob("training1")]
-    shared = Shared(run.suite)
-    whole = runs.create("sft", run.suite, 0, 1)
-    Experiment(whole, shared).stages(lambda *scalar: None)
-    assert unets_of(run) == unets_of(whole) and set(unets_of(run)) == {"iter1", "iter1@2", "iter1@4"}
-    pd.testing.assert_frame_equal(scores_of(run.folder), scores_of(whole.folder), check_exact=True)
-    pd.testing.assert_frame_equal(history_of(run.folder), history_of(whole.folder), check_exact=True)
-
-    for steps, name in ((2, "iter1@2"), (4, "iter1@4"), (6, "iter1")):  # trainings of that many steps, without results
-        settings = [f"methods.sft.iterations=[{{steps: {steps}, lr: 1e-3}}]", "evaluation.guidance=[1.0]"]
-        plain = runs.create("sft", load_suite("tiny.yaml", settings), 0, 1)
-        Experiment(plain, shared).iterate(1, shared.base, lambda *scalar: None)
-        assert unets_of(plain) == {"iter1": unets_of(run)[name]}
-
-    shutil.rmtree(run.folder / "iter1@2")  # gone since: the training is done again, and ends the same
-    before = unets_of(whole)
-    assert bench(f"run --resume {run.id}") == 0
-    assert unets_of(run) == before
-    capsys.readouterr()
-    assert bench(f"table --format json --against sft@2 {run.id}") == 0
-    rows = pd.DataFrame(json.loads(capsys.readouterr().out))
-    assert set(rows["model"]) == {"base", "SFT@4", "SFT@6"} and set(rows["against"]) == {"SFT@2"}
-
-
 def test_results_inside_self_play_are_counted_evaluated_and_exported(elsewhere, here, monkeypatch):
     """And the iterations are those of a run without, which the reference of the second shows too."""
     monkeypatch.chdir(elsewhere)
@@ -440,45 +359,6 @@ def test_results_inside_self_play_are_counted_evaluated_and_exported(elsewhere, 
     ends = scores[scores["step"] % 2 == 0].reset_index(drop=True)
     monkeypatch.chdir(here)
     pd.testing.assert_frame_equal(ends, scores_of(run_of("spin").folder), check_exact=True)
-
-
-def test_images_that_show_nothing_are_counted_in_terminal_protocol_and_tables(elsewhere, tiny_pipeline, capsys):
-    pipe = copy.deepcopy(tiny_pipeline)
-    pipe.vae.decoder.conv_out.bias.data.fill_(1e4)  # finite, and white all over
-    pipe.save_pretrained("white")
-    assert bench("run --suite tiny.yaml --method sft --set model.weights=white --set evaluation.guidance=[0.5]") == 0
-    told = capsys.readouterr()
-    counted = "8 of 8 images show nothing (one colour, or over 99% of their values at 0 or 255), the first for"
-    below = "evaluation.guidance 0.5 is below 1: the prediction leans towards the empty prompt, where diffusers'"
-    assert f"warning: base, test, guidance 0.5: {counted}" in told.err
-    assert f"warning: sft 1, seed 0, test, guidance 0.5: {counted}" in told.err
-    assert "prompts longer than the text encoder's 8 tokens lose their end: 12 of training pairs, 4 of test" in told.err
-    run = run_of("sft")
-    record = json.loads((run.folder / "protocol.json").read_text())
-    assert [warning.partition(":")[0] for warning in record["warnings"]] == [
-        "evaluation.guidance 0.5 is below 1", "base, test, guidance 0.5", "sft 1, seed 0, test, guidance 0.5"]
-    assert record["warnings"][0].startswith(below)
-    assert f"note: sft 1, seed 0, test, guidance 0.5: {counted}" in told.out
-    assert counted in Path("report.html").read_text()
-    assert bench(f"run --resume {run.id}") == 0
-    assert json.loads((run.folder / "protocol.json").read_text())["warnings"] == record["warnings"]
-
-
-def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, monkeypatch):
-    """Their files have no step, and their markers name no files."""
-    shared = Shared(load_suite("tiny.yaml"))
-    run = runs.create("sft", shared.suite, 0, 1)
-    Experiment(run, shared).stages(lambda *scalar: None)
-    before = pd.read_parquet(run.folder / "scores.parquet")
-    for path in [*run.folder.glob("stages/scores*/scores.parquet"), *runs.CACHE.glob("scores-*/scores.parquet")]:
-        pd.read_parquet(path).drop(columns="step").to_parquet(path)
-        (path.parent / "blank.json").unlink()
-        marker = path.parent / "stage.json"
-        marker.write_text(json.dumps({name: value for name, value in json.loads(marker.read_text()).items()
-                                      if name != "files"}))
-    monkeypatch.setattr(Scorers, "score", None)
-    Experiment(run, shared).stages(lambda *scalar: None)
-    pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), before)
 
 
 @pytest.mark.parametrize("setting", ["steps=3", "guidance=2.0", "roundtrip=true", "batch_size=2"])

@@ -10,8 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny_bench
+from tiny_bench import bench
 
-from bench import cli, registry, runs
+from bench import runs
 from bench.errors import BenchError
 from bench.export import export_run
 from bench.integrity import expecting
@@ -21,15 +22,8 @@ from bench.verify import made_from, verify
 SETTINGS = "--set evaluation.prompt_sets.test.limit=2 --set evaluation.guidance=[1.0] --set evaluation.seeds=[1]"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def darkness():
-    registry.BUILT_IN["metrics"]["darkness"] = tiny_bench.DARKNESS
-    yield
-    del registry.BUILT_IN["metrics"]["darkness"]
-
-
 @pytest.fixture(scope="module")
-def finished(tiny_pipeline_folder, tmp_path_factory) -> Path:
+def finished(darkness, tiny_pipeline_folder, tmp_path_factory) -> Path:
     """A folder with a finished run of two iterations."""
     folder = tmp_path_factory.mktemp("finished")
     tiny_bench.write_suite(folder, tiny_pipeline_folder)
@@ -45,12 +39,6 @@ def here(finished, tmp_path, monkeypatch) -> Path:
     shutil.copytree(finished, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return Path("results/runs") / runs.ids()[0]
-
-
-def bench(line: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(line.split())
-    return caught.value.code
 
 
 def flip(path: Path) -> None:

@@ -40,7 +40,9 @@ def test_a_text_follows_the_file(folder: Path) -> None:
 
 
 def test_a_question_without_one_answer_is_refused(folder: Path) -> None:
-    with pytest.raises(BenchError, match="has 0 rows for mean of judge/utility, DPO against base at guidance 1"):
+    said = ("mini_comparison.csv has 0 rows with stat 'mean', metric 'judge/utility', model 'DPO', against 'base', "
+            "guidance 1;")
+    with pytest.raises(BenchError, match=said):
         quotes.Quotes(folder).row("DPO", "base")
 
 

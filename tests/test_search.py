@@ -17,8 +17,9 @@ import tiny_bench
 import yaml
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
+from tiny_bench import bench
 
-from bench import cli, experiment, registry, runs, search_commands, shared, stages
+from bench import cli, experiment, runs, search_commands, shared, stages
 from bench.errors import UsageError
 from bench.sample import Sampler
 from bench.search import choice, grids, queue, search
@@ -32,12 +33,7 @@ SEARCH = {
 SFT = {"steps": [4], "lr": [1e-3, 1e-2, 1e-1]}
 LINE = "search --suite tiny.yaml"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def darkness():
-    registry.BUILT_IN["metrics"]["darkness"] = tiny_bench.DARKNESS
-    yield
-    del registry.BUILT_IN["metrics"]["darkness"]
+pytestmark = pytest.mark.usefixtures("darkness")
 
 
 def write_suite(folder: Path, weights: Path, **changes: object) -> None:
@@ -48,7 +44,7 @@ def write_suite(folder: Path, weights: Path, **changes: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_pipeline_folder, tmp_path_factory) -> Path:
+def undisturbed(darkness, tiny_pipeline_folder, tmp_path_factory) -> Path:
     """A folder in which one worker has searched everything."""
     folder = tmp_path_factory.mktemp("undisturbed")
     write_suite(folder, tiny_pipeline_folder)
@@ -84,12 +80,6 @@ def elsewhere(tiny_pipeline_folder, monkeypatch, tmp_path) -> Path:
     write_suite(tmp_path, tiny_pipeline_folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def bench(line: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(line.split())
-    return caught.value.code
 
 
 def tiny(**changes: object) -> Suite:

@@ -6,16 +6,20 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from bench import cli, registry, runs
 from metrics.base import Images, Metric
 
 DARKNESS, GLOOM = "tiny_bench:Darkness", "tiny_bench:Gloom"
+ORDER = ["method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
+SPIN = "run --suite tiny.yaml --method spin --iters 2"
 SUITE = {
     "name": "tiny",
     "data": {"pairs": "world", "size": 12, "seed": 1},
@@ -59,6 +63,42 @@ def write_suite(folder: Path, weights: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**SUITE, "model": {"weights": str(weights)}}, sort_keys=False))
     return path
+
+
+def bench(line: str) -> int:
+    """Run a command line in this process; its exit status."""
+    try:
+        cli.main(line.split())
+    except SystemExit as done:
+        return done.code
+    raise AssertionError("bench returned")
+
+
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own to its end."""
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+
+
+def run_of(method: str) -> runs.Run:
+    """The only run of a method."""
+    (run,) = [run for run in map(runs.load, runs.ids()) if run.method == method]
+    return run
+
+
+def scores_of(folder: Path) -> pd.DataFrame:
+    """A run's scores without its name, in an order that does not depend on when they were made."""
+    return pd.read_parquet(folder / "scores.parquet").drop(columns="run").sort_values(ORDER, ignore_index=True)
+
+
+def history_of(folder: Path) -> pd.DataFrame:
+    """A run's signals without what depends on the machine's pace."""
+    return pd.read_parquet(folder / "history.parquet").drop(columns=["pairs_per_s", "images_per_s"])
+
+
+def unets_of(run: runs.Run) -> dict[str, bytes]:
+    """The weights of all results of a run, by the folder of each."""
+    return {path.parts[-3]: path.read_bytes() for path in run.folder.glob("iter*/unet/*.safetensors")}
 
 
 def killed(place: str, line: str) -> int:
