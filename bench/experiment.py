@@ -14,23 +14,28 @@ import numpy as np
 import pandas as pd
 from diffusers import UNet2DConditionModel
 
-from bench import adapters, cost, evaluate, models, pieces, processes, registry, runs, tracking, verify
-from bench.batches import sample_order
-from bench.checkpoint import Checkpoints
+from bench import models, registry
+from bench.costs import cost
+from bench.costs.meter import write_spent
 from bench.errors import BenchError
-from bench.failures import stopped
-from bench.integrity import read_array
-from bench.meter import write_spent
-from bench.protocol import write_cost, write_protocol, write_warnings
-from bench.runs import BASE, Result, Run
-from bench.sample import Key, Sampler, latent_shape
-from bench.seeding import derive
-from bench.shards import Rows
+from bench.methods.base import Method, Pairing
+from bench.models import adapters
+from bench.runtime import processes
+from bench.runtime.failures import stopped
+from bench.runtime.seeding import derive
+from bench.sampling.sample import Key, Sampler, latent_shape
+from bench.scoring import evaluate
 from bench.shared import Model, Shared, Weights, link_tree, timed, write_table
-from bench.stages import Stage, atomic_write, fingerprint
+from bench.storage import pieces, runs, tracking, verify
+from bench.storage.integrity import read_array
+from bench.storage.protocol import write_cost, write_protocol, write_warnings
+from bench.storage.runs import BASE, Result, Run
+from bench.storage.shards import Rows
+from bench.storage.stages import Stage, atomic_write, fingerprint
 from bench.suites import Iteration, Suite, options
-from bench.train import TrainData, TrainSettings, train
-from methods.base import Method, Pairing
+from bench.training.batches import sample_order
+from bench.training.checkpoint import Checkpoints
+from bench.training.train import TrainData, TrainSettings, train
 
 SMALLEST_BATCH = 16  # below it a GPU is mostly idle
 

@@ -10,28 +10,28 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, UsageError, did_you_mean
-from methods.signals import TAKEN
+from bench.methods.signals import TAKEN
 
 if TYPE_CHECKING:
-    from methods.base import Method
-    from metrics.base import Metric
+    from bench.methods.base import Method
+    from bench.metrics.base import Metric
 
 BUILT_IN: dict[str, dict[str, str]] = {
     "methods": {
-        "sft": "methods.sft:SFT",
-        "diffusion_dpo": "methods.diffusion_dpo:DiffusionDPO",
-        "spin": "methods.spin:SPIN",
+        "sft": "bench.methods.sft:SFT",
+        "diffusion_dpo": "bench.methods.diffusion_dpo:DiffusionDPO",
+        "spin": "bench.methods.spin:SPIN",
     },
     "metrics": {
-        "pickscore": "metrics.pickscore:PickScore",
-        "pickscore_cosine": "metrics.pickscore:PickScoreCosine",
-        "hpsv2": "metrics.hpsv2:HPSv2",
-        "hpsv21": "metrics.hpsv2:HPSv21",
-        "imagereward": "metrics.imagereward:ImageReward",
-        "aesthetic": "metrics.aesthetic:Aesthetic",
-        "aesthetic_v1": "metrics.aesthetic:AestheticV1",
-        "clip": "metrics.clip:CLIPScore",
-        "clip_l14": "metrics.clip:CLIPScoreL14",
+        "pickscore": "bench.metrics.pickscore:PickScore",
+        "pickscore_cosine": "bench.metrics.pickscore:PickScoreCosine",
+        "hpsv2": "bench.metrics.hpsv2:HPSv2",
+        "hpsv21": "bench.metrics.hpsv2:HPSv21",
+        "imagereward": "bench.metrics.imagereward:ImageReward",
+        "aesthetic": "bench.metrics.aesthetic:Aesthetic",
+        "aesthetic_v1": "bench.metrics.aesthetic:AestheticV1",
+        "clip": "bench.metrics.clip:CLIPScore",
+        "clip_l14": "bench.metrics.clip:CLIPScoreL14",
         "judge": "bench.mini.judge:Judge",
         "judge2": "bench.mini.judge:SecondJudge",
     },
@@ -88,11 +88,11 @@ def method(name: str) -> type[Method]:
 
 def metric(name: str) -> type[Metric]:
     """The metric class behind a name; BenchError where it is none, or not as metrics/base.py asks."""
-    from metrics.base import Metric
+    from bench.metrics.base import Metric
 
     found = _load("metrics", name)
     if not (isinstance(found, type) and issubclass(found, Metric)):
-        raise BenchError(f"metric {name!r}: {targets('metrics')[name]} is no subclass of metrics.base.Metric; "
+        raise BenchError(f"metric {name!r}: {targets('metrics')[name]} is no subclass of bench.metrics.base.Metric; "
                          "metrics/README.md tells how to write one")
     if found.name != name:
         raise BenchError(f"metric {name!r}: {found.__module__}.{found.__qualname__} calls itself {found.name!r}; "

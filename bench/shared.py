@@ -20,20 +20,23 @@ import pandas as pd
 import torch
 from diffusers import UNet2DConditionModel
 
-from bench import cost, evaluate, models, pieces
-from bench.cache import Embeddings, cached_latents, cached_prompts, count_truncated
+from bench import models
+from bench.costs import cost
+from bench.costs.meter import metered, write_spent
 from bench.data import Kept, load_pairs, load_prompts
 from bench.errors import UsageError
-from bench.meter import metered, write_spent
-from bench.processes import Processes
-from bench.progress import quiet
-from bench.recipe import make_accelerator, require_packages
-from bench.runs import CACHE, Result
-from bench.sample import Sampler, keys, latent_shape
-from bench.shards import Rows, Share
-from bench.stages import Stage, atomic_write, fingerprint, link
+from bench.methods.base import Pairing
+from bench.runtime.processes import Processes
+from bench.runtime.progress import quiet
+from bench.sampling.sample import Sampler, keys, latent_shape
+from bench.scoring import evaluate
+from bench.storage import pieces
+from bench.storage.cache import Embeddings, cached_latents, cached_prompts, count_truncated
+from bench.storage.runs import CACHE, Result
+from bench.storage.shards import Rows, Share
+from bench.storage.stages import Stage, atomic_write, fingerprint, link
 from bench.suites import Suite
-from methods.base import Pairing
+from bench.training.recipe import make_accelerator, require_packages
 
 T = TypeVar("T")
 BLANK = "blank.json"  # of scores: the prompts whose images show nothing

@@ -1,6 +1,6 @@
 """The contract of a method: what it is trained on, and how denoising errors become a loss.
 
-A method never touches a model, a file or a device. The shared loop (bench/train.py) makes the errors, and the
+A method never touches a model, a file or a device. The shared loop (bench/training/train.py) makes the errors, and the
 shared experiment makes or loads what `pairing` asks for, so a new method is one small file; methods/README.md adds
 one in ten minutes.
 """
@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from methods.signals import Signal
+from bench.methods.signals import Signal
 
 Weights = TypeVar("Weights")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods import preference
-from methods.base import Errors, Facts, Method, Pairing, Weights
-from methods.weightings import WEIGHTINGS, Weighting
+from bench.methods import preference
+from bench.methods.base import Errors, Facts, Method, Pairing, Weights
+from bench.methods.weightings import WEIGHTINGS, Weighting
 
 
 class DiffusionDPO(Method):

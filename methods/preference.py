@@ -7,8 +7,8 @@ import math
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.base import Errors
-from methods.signals import IMPLICIT_ACCURACY, LOGIT, LOSER_DRIFT, WINNER_DRIFT
+from bench.methods.base import Errors
+from bench.methods.signals import IMPLICIT_ACCURACY, LOGIT, LOSER_DRIFT, WINNER_DRIFT
 
 # The loss above this logit, 1e-20, is a constant: its gradient would change no fp32 weight, but goes back through the
 # UNet as denormal numbers, on which a processor takes ten times as long.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.base import Errors, Facts, Method, Pairing, Weights
-from methods.signals import WINNER_DRIFT
-from methods.weightings import WEIGHTINGS, Weighting
+from bench.methods.base import Errors, Facts, Method, Pairing, Weights
+from bench.methods.signals import WINNER_DRIFT
+from bench.methods.weightings import WEIGHTINGS, Weighting
 
 
 class SFT(Method):

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Facts
+from bench.methods.base import Facts
 
 Weighting = Literal["constant", "min_snr", "h_squared"]
 

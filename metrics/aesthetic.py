@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bench.errors import BenchError, first_line
-from metrics.base import Images, Metric, check_lengths, checkpoint_digest, find_weights
-from metrics.clip_family import OPEN_CLIP, ClipBackbone
-from metrics.columns import Column
-from metrics.open_clip_format import VIT_L_14
+from bench.metrics.base import Images, Metric, check_lengths, checkpoint_digest, find_weights
+from bench.metrics.clip_family import OPEN_CLIP, ClipBackbone
+from bench.metrics.columns import Column
+from bench.metrics.open_clip_format import VIT_L_14
 
 BACKBONE = "openai/clip-vit-large-patch14"
 """The encoder on whose embeddings the released heads were trained."""

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 from bench.data.depth import eight_bits
-from bench.digests import content_digest
 from bench.errors import BenchError, first_line
-from bench.hub import is_hub_id
+from bench.metrics.columns import Column, Reads
 from bench.mini import MINI_WEIGHTS
-from metrics.columns import Column, Reads
+from bench.runtime.hub import is_hub_id
+from bench.storage.digests import content_digest
 
 SETTINGS_FILES = ("config.json", "open_clip_config.json", "med_config.json", "preprocessor_config.json",
                   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")

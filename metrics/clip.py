@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from metrics.base import Published
-from metrics.clip_family import H14_REPOSITORY, OPEN_CLIP, ClipBackbone, CosineMetric
-from metrics.columns import Column
-from metrics.open_clip_format import VIT_H_14, VIT_L_14
+from bench.metrics.base import Published
+from bench.metrics.clip_family import H14_REPOSITORY, OPEN_CLIP, ClipBackbone, CosineMetric
+from bench.metrics.columns import Column
+from bench.metrics.open_clip_format import VIT_H_14, VIT_L_14
 
 
 class CLIPScore(CosineMetric):

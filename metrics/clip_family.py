@@ -19,9 +19,8 @@ from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from bench.errors import BenchError, first_line
-from bench.progress import track
-from metrics import open_clip_format
-from metrics.base import (
+from bench.metrics import open_clip_format
+from bench.metrics.base import (
     FILE_SUFFIXES,
     Images,
     Metric,
@@ -30,8 +29,9 @@ from metrics.base import (
     checkpoint_digest,
     find_weights,
 )
-from metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
-from metrics.sharing import even_batches, once, pixel_batches
+from bench.metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
+from bench.metrics.sharing import even_batches, once, pixel_batches
+from bench.runtime.progress import track
 
 H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Holds the tokenizer and image settings of every scorer that was tuned from it: PickScore and HPS v2."""
@@ -39,7 +39,7 @@ H14_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 @dataclass(frozen=True)
 class Reading:
-    """Whose way of reading images and prompts: "transformers", "open_clip" or "hpsv2" (see metrics.pixels).
+    """Whose way of reading images and prompts: "transformers", "open_clip" or "hpsv2" (see bench.metrics.pixels).
 
     antialias: of the resize of "hpsv2" alone; the other two resize with PIL, which always does.
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from metrics.base import Published
-from metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric, Reading
-from metrics.columns import Column
+from bench.metrics.base import Published
+from bench.metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric, Reading
+from bench.metrics.columns import Column
 
 
 class HPSv2(CosineMetric):
@@ -27,7 +27,7 @@ class HPSv2(CosineMetric):
              antialias: bool = True) -> HPSv2:
         """Load a checkpoint in open_clip's format (ViT-H-14, or what `open_clip_config.json` beside it says).
 
-        antialias: whether the resize antialiases, as torchvision's does since 0.17; see metrics.pixels.
+        antialias: whether the resize antialiases, as torchvision's does since 0.17; see bench.metrics.pixels.
         """
         backbone = ClipBackbone.load(weights, cls.bundled, device, H14_REPOSITORY, Reading("hpsv2", antialias),
                                      cls.published)

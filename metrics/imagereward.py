@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from bench.errors import BenchError, first_line
-from bench.progress import track
-from metrics import blip
-from metrics.aesthetic import head_layers, head_sizes
-from metrics.base import Images, Metric, Published, check_lengths, checkpoint_digest, find_weights
-from metrics.columns import Column
-from metrics.open_clip_format import read_checkpoint
-from metrics.pixels import ShortestSide
-from metrics.sharing import even_batches, pixel_batches
+from bench.metrics import blip
+from bench.metrics.aesthetic import head_layers, head_sizes
+from bench.metrics.base import Images, Metric, Published, check_lengths, checkpoint_digest, find_weights
+from bench.metrics.columns import Column
+from bench.metrics.open_clip_format import read_checkpoint
+from bench.metrics.pixels import ShortestSide
+from bench.metrics.sharing import even_batches, pixel_batches
+from bench.runtime.progress import track
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the rewards on the authors' validation set
 MAX_TOKENS = 35

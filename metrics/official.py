@@ -17,12 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel
 
-from bench.hub import is_hub_id
+from bench.metrics import aesthetic, blip, clip_family, hpsv2, imagereward, pickscore
+from bench.metrics.base import Cost, Metric, Published
+from bench.metrics.clip import CLIPScore, CLIPScoreL14
+from bench.metrics.open_clip_format import VIT_H_14, VIT_L_14, clip_config
 from bench.mini import MINI_WEIGHTS
-from metrics import aesthetic, blip, clip_family, hpsv2, imagereward, pickscore
-from metrics.base import Cost, Metric, Published
-from metrics.clip import CLIPScore, CLIPScoreL14
-from metrics.open_clip_format import VIT_H_14, VIT_L_14, clip_config
+from bench.runtime.hub import is_hub_id
 
 CLIP_L = CLIPScoreL14.published
 H14_SETTINGS = Published(clip_family.H14_REPOSITORY, "tokenizer.json", "2 MB")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from metrics.base import Published
-from metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric
-from metrics.columns import Column
+from bench.metrics.base import Published
+from bench.metrics.clip_family import H14_REPOSITORY, ClipBackbone, CosineMetric
+from bench.metrics.columns import Column
 
 
 class PickScore(CosineMetric):

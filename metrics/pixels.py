@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate, pad
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import PILImageResampling
 
-from metrics.base import to_pil, to_rgb
+from bench.metrics.base import to_pil, to_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

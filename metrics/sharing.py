@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metrics.base import Images
+from bench.metrics.base import Images
 
 THREADS = 8
 """For a GPU: to decode a 512-pixel image and resize it for five scorers takes one core about 15 ms (measured), several

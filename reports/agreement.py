@@ -5,8 +5,8 @@ Three questions, because a metric can pass one and fail the next:
 - images: does it put all images of one setting (every model, prompt and sampling seed) in the same order?
 - changes: does it rise on the prompts on which the other rises, from base to the model (mean over training seeds)?
 - models: does it put the means of the models in the same order? Beside it stands how many pairs of models both
-  tell apart (`reports.apart`), and how many of those the other way round: where a metric and the judge do that, the
-  metric is being gamed.
+  tell apart (`bench.reports.apart`), and how many of those the other way round: where a metric and the judge do that,
+  the metric is being gamed.
 
 The three are told together: a metric may order a handful of models well and see nothing in a single image.
 """
@@ -19,10 +19,10 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from reports import layouts, stats, tables
-from reports.apart import RULE
-from reports.load import BASE, Runs
-from reports.uncertainty import LEVEL
+from bench.reports import layouts, stats, tables
+from bench.reports.apart import RULE
+from bench.reports.load import BASE, Runs
+from bench.reports.uncertainty import LEVEL
 
 STAT = "agreement"
 UNITS = ("images", "changes", "models")

@@ -16,8 +16,8 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from reports import stats
-from reports.significance import holm
+from bench.reports import stats
+from bench.reports.significance import holm
 
 ALPHA = 0.05
 NEGLIGIBLE = 0.01  # standard deviations between prompts; a twentieth of what is called a small effect (Cohen 1988)

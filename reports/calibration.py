@@ -1,4 +1,4 @@
-"""How often the intervals of `reports.uncertainty` hold, by simulation: `python -m reports.calibration`.
+"""How often the intervals of `bench.reports.uncertainty` hold, by simulation: `python -m bench.reports.calibration`.
 
 Differences d[seed, prompt] = effect + a[seed] + b[prompt] + e[seed, prompt] are drawn with known effect, thousands of
 data sets a setting, and given to the functions that make every table. Written to results/measured/calibration.csv and
@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from reports import significance, stats
-from reports.uncertainty import LEVEL, Estimates, estimates
+from bench.reports import significance, stats
+from bench.reports.uncertainty import LEVEL, Estimates, estimates
 
 FOLDER = Path("results/measured")
 SEEDS, DATA_SETS = (1, 2, 3, 5, 10), {50: 10_000, 500: 4_000}  # of so many prompts

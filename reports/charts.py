@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from bench.runs import Result
-from reports.load import BASE
-from reports.plots import INK, panel, quiet, spoken, svg
+from bench.reports.load import BASE
+from bench.reports.plots import INK, panel, quiet, spoken, svg
+from bench.storage.runs import Result
 
 
 def radar(values: pd.DataFrame, palette: dict[str, str], higher_is_better: Sequence[bool]) -> str:

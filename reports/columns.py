@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from metrics.columns import Column
+from bench.metrics.columns import Column
 
 AVERAGE = Column("average", "Average")  # the paper's: plain mean of raw scores, in which PickScore's scale weighs most
 ZSCORE = Column("average_z", "Mean z-score")  # the same scores, each in units of the base's spread over images

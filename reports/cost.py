@@ -6,8 +6,8 @@ import re
 
 import pandas as pd
 
-from bench.runs import Result
-from reports.load import BASE, Runs
+from bench.reports.load import BASE, Runs
+from bench.storage.runs import Result
 
 OPPONENT = re.compile(r"^iter(\d+)/opponent$")
 

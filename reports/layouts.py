@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
-from metrics.columns import Column
-from reports.apart import CHECKPOINTS, METHODS, RULE
-from reports.load import BASE
+from bench.metrics.columns import Column
+from bench.reports.apart import CHECKPOINTS, METHODS, RULE
+from bench.reports.load import BASE
 
 WIDTH = 118
 STATS = {"mean": "mean", "median": "median", "winrate": "win rate, %"}

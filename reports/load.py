@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from bench import runs as stored
-from bench import verify
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
-from bench.runs import Result
-from metrics.columns import Column
-from reports import columns, foreign
-from reports.comparable import mismatch, with_defaults
+from bench.metrics.columns import Column
+from bench.reports import columns, foreign
+from bench.reports.comparable import mismatch, with_defaults
+from bench.storage import runs as stored
+from bench.storage import verify
+from bench.storage.runs import Result
 
 BASE = stored.BASE.method
 COLUMNS = ["method", "iteration", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value"]

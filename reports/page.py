@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
-from bench.stages import atomic_write
-from reports import cost, layouts, plots, sections, tables
-from reports.apart import RULE
-from reports.load import Runs
-from reports.pictures import AMOUNTS, Amount, gallery
-from reports.verdict import headline, verdicts
+from bench.reports import cost, layouts, plots, sections, tables
+from bench.reports.apart import RULE
+from bench.reports.load import Runs
+from bench.reports.pictures import AMOUNTS, Amount, gallery
+from bench.reports.verdict import headline, verdicts
+from bench.storage.stages import atomic_write
 
 MAX_MB = 20.0  # what most mail servers take
 MB = 1e6

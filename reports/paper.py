@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from bench.errors import UsageError
-from reports import layouts, stats
-from reports.load import BASE, Runs
-from reports.published import PAPER, Published, published
-from reports.tables import FORMATS, apart, group_scores, one_of
+from bench.reports import layouts, stats
+from bench.reports.load import BASE, Runs
+from bench.reports.published import PAPER, Published, published
+from bench.reports.tables import FORMATS, apart, group_scores, one_of
 
 COLUMNS = {
     "hpsv2": "HPS",

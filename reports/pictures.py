@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.runs import Result
-from metrics.columns import Column
-from reports.load import BASE, Runs, prompt_texts
-from reports.tables import lead_column
+from bench.metrics.columns import Column
+from bench.reports.load import BASE, Runs, prompt_texts
+from bench.reports.tables import lead_column
+from bench.storage.runs import Result
 
 SMALL = 128  # up to here every pixel counts: kept without loss, enlarged without smoothing
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
-from bench.runs import Result
-from methods.signals import Signal
-from reports.layouts import statistic
-from reports.load import BASE
+from bench.methods.signals import Signal
+from bench.reports.layouts import statistic
+from bench.reports.load import BASE
+from bench.storage.runs import Result
 
 INK = "#123456"  # stands for the page's text colour until the SVG is written
 HUES = {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-FILE = Path(__file__).resolve().parents[1] / "results" / "published.csv"
+FILE = Path(__file__).with_name("published.csv")
 PAPER = "SPIN-Diffusion (arXiv 2402.10210)"
 
 

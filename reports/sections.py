@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from methods.signals import LOSS
-from metrics.columns import Column
-from reports import agreement, charts, cost, layouts, paper, plots, stats, tables
-from reports.layouts import spoken_name
-from reports.load import BASE, Runs
-from reports.signals import declared
-from reports.signatures import signatures
-from reports.stats import AVERAGES
-from reports.verdict import Verdict
+from bench.methods.signals import LOSS
+from bench.metrics.columns import Column
+from bench.reports import agreement, charts, cost, layouts, paper, plots, stats, tables
+from bench.reports.layouts import spoken_name
+from bench.reports.load import BASE, Runs
+from bench.reports.signals import declared
+from bench.reports.signatures import signatures
+from bench.reports.stats import AVERAGES
+from bench.reports.verdict import Verdict
 
 
 @dataclass(frozen=True)

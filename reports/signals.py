@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from methods.signals import UNDECLARED, Signal
+from bench.methods.signals import UNDECLARED, Signal
 
 
 def declared(protocols: Iterable[Mapping[str, Any]]) -> dict[str, Signal]:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from methods.signals import Signal
-from reports import stats
-from reports.layouts import spoken_name
-from reports.load import BASE, Runs
-from reports.pictures import picture_folder
-from reports.signals import declared, ranges
-from reports.tables import default_protocol, group_scores
+from bench.methods.signals import Signal
+from bench.reports import stats
+from bench.reports.layouts import spoken_name
+from bench.reports.load import BASE, Runs
+from bench.reports.pictures import picture_folder
+from bench.reports.signals import declared, ranges
+from bench.reports.tables import default_protocol, group_scores
 
 GREEN, AMBER, RED, UNKNOWN = "green", "amber", "red", "unknown"
 DIVERSITY = (0.6, 0.8)  # of the base's: red below, amber below

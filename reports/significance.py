@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from reports import stats
+from bench.reports import stats
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

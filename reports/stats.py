@@ -2,7 +2,7 @@
 
 The unit of everything is the prompt: models are compared on the same prompts (and the same sampling seeds),
 so differences and win rates are taken per prompt before anything is averaged. Training seeds are a second, crossed
-factor; how sure a number is says `reports.uncertainty`.
+factor; how sure a number is says `bench.reports.uncertainty`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from metrics.columns import Column
-from reports import columns as described
-from reports.uncertainty import estimates
+from bench.metrics.columns import Column
+from bench.reports import columns as described
+from bench.reports.uncertainty import estimates
 
 BOOTSTRAP_SEED = 20240216
 PROTOCOLS = ("one", "mean", "best")
@@ -136,8 +136,8 @@ def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def resample_counts(n: int, resamples: int) -> np.ndarray:
     """How often each prompt is in each resample, float32 [n, resamples].
 
-    The same for every model and metric of n prompts, which is what makes `reports.agreement`'s intervals paired; and
-    a resampled mean is then one matrix product.
+    The same for every model and metric of n prompts, which is what makes `agreement`'s intervals paired; and a
+    resampled mean is then one matrix product.
     """
     rng = np.random.default_rng([BOOTSTRAP_SEED, n])
     draws = (rng.integers(0, n, n, dtype=np.int32) for _ in range(resamples))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from reports import layouts, tables
-from reports.apart import CHECKPOINTS, RULE, Apart
-from reports.layouts import folded
-from reports.load import BASE, Runs
-from reports.verdict import Verdict, headline, verdicts
+from bench.reports import layouts, tables
+from bench.reports.apart import CHECKPOINTS, RULE, Apart
+from bench.reports.layouts import folded
+from bench.reports.load import BASE, Runs
+from bench.reports.verdict import Verdict, headline, verdicts
 
 NOTES = (f"{layouts.INTERVAL} What is clear is by the first metric; ^ v: told apart above, below {BASE}.", RULE)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pandas as pd
 
 from bench.errors import UsageError, did_you_mean
-from metrics.columns import Column
-from reports import columns, layouts, significance, stats
-from reports.apart import Apart, told_apart
-from reports.load import BASE, Runs
+from bench.metrics.columns import Column
+from bench.reports import columns, layouts, significance, stats
+from bench.reports.apart import Apart, told_apart
+from bench.reports.load import BASE, Runs
 
 FORMATS = ("text", "csv", "md", "latex", "json")
 COLUMNS = [
@@ -48,8 +48,8 @@ def table(
     winrate over `against` (default base) in [0, 1]. metrics: names of columns; that of a metric stands for all of its
     columns, "average" for the paper's mean of raw scores, "average_z" for its scale-free variant; default all columns
     but details. protocol: one, mean or best image of a prompt; default the suite's.
-    With `against` there are values in p, p_holm (corrected over a model's metrics) and detectable, see
-    `reports.significance`. spread: the metric's standard deviation between prompts (none for win rates). speaks_of:
+    With `against` there are values in p, p_holm (corrected over a model's metrics) and detectable, see `significance`.
+    spread: the metric's standard deviation between prompts (none for win rates). speaks_of:
     "checkpoints" with one training seed, else "methods". ahead: whether to mark the model, see `Apart.ahead`.
     DESCRIBED: of the metric's column, see `Column`.
     """

@@ -16,7 +16,7 @@ is sure of what it may be from three seeds on; two say so little of w that it is
 One seed gives B = 0 and the plain paired t interval over prompts: it speaks of these weights, and of no method.
 Medians and win rates: see `estimates`.
 
-Assumed: seeds and prompts are draws from what one speaks of, and their means about normal. `reports.calibration`
+Assumed: seeds and prompts are draws from what one speaks of, and their means about normal. `bench.reports.calibration`
 simulates it (results/measured/calibration.csv) with 50 and 500 prompts, seeds that differ by 0 to 7 standard errors
 over prompts, normal and exponential noise. From three seeds on, 95 % intervals cover .94 to .97, say "better" of
 nothing in .01 to .03, and tell equal methods apart on .02 to .05 of pages; what is called detectable is found with

@@ -8,18 +8,18 @@ from typing import Any
 
 import pandas as pd
 
-from metrics.columns import Column
-from reports import layouts, stats, tables
-from reports.apart import METHODS, Apart
-from reports.load import BASE, Runs
-from reports.stats import Estimate
+from bench.metrics.columns import Column
+from bench.reports import layouts, stats, tables
+from bench.reports.apart import METHODS, Apart
+from bench.reports.load import BASE, Runs
+from bench.reports.stats import Estimate
 
 NAMED = 3  # more models than these are counted in a sentence
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which models of a setting are told apart by the lead metric (for how, see `reports.apart`).
+    """Which models of a setting are told apart by the lead metric (for how, see `bench.reports.apart`).
 
     order: the models, best mean first. value: the mean of the first of them, gain: its paired difference to the
     base, None where there is none. above, below: models told apart from the base. alike: the largest groups within

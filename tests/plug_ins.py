@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.base import Errors, Facts, Method, Pairing, Products, Weights
-from methods.preference import SIGNALS, START, preference_loss
-from methods.signals import Signal
+from bench.methods.base import Errors, Facts, Method, Pairing, Products, Weights
+from bench.methods.preference import SIGNALS, START, preference_loss
+from bench.methods.signals import Signal
 
 
 class DiffusionKTO(Method):

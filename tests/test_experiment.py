@@ -15,16 +15,17 @@ import yaml
 from safetensors.torch import load_file
 from tiny_bench import SPIN, bench, history_of, run_of, scores_of, start, unets_of
 
-from bench import experiment, runs
+from bench import experiment
+from bench.commands.export import export_run
 from bench.data import PreferenceData
 from bench.errors import UsageError
 from bench.experiment import Experiment
-from bench.export import export_run
+from bench.methods.signals import EVERY_TRAINING, Signal
+from bench.methods.spin import SPIN as SPIN_CLASS
+from bench.reports.load import load_runs
 from bench.shared import Shared
+from bench.storage import runs
 from bench.suites import load_suite
-from methods.signals import EVERY_TRAINING, Signal
-from methods.spin import SPIN as SPIN_CLASS
-from reports.load import load_runs
 
 
 @pytest.fixture(scope="module")

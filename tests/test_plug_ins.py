@@ -13,16 +13,16 @@ from tiny import make_unet
 from torch import Tensor
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
-from bench.batches import facts
-from bench.denoising import denoising_errors, inner_products
 from bench.errors import BenchError
-from bench.train import Loop, train
-from methods.base import Errors, Facts, Products
-from methods.diffusion_dpo import DiffusionDPO
-from methods.preference import preference_loss
-from methods.sft import SFT
-from methods.spin import SPIN
-from methods.weightings import WEIGHTINGS, h_squared, min_snr
+from bench.methods.base import Errors, Facts, Products
+from bench.methods.diffusion_dpo import DiffusionDPO
+from bench.methods.preference import preference_loss
+from bench.methods.sft import SFT
+from bench.methods.spin import SPIN
+from bench.methods.weightings import WEIGHTINGS, h_squared, min_snr
+from bench.training.batches import facts
+from bench.training.denoising import denoising_errors, inner_products
+from bench.training.train import Loop, train
 
 TABLE = torch.tensor([0.9, 0.5, 0.1])  # alpha_bar of a process of three timesteps
 

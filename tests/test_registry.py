@@ -10,10 +10,10 @@ import pytest
 
 from bench import registry
 from bench.errors import BenchError, UsageError
-from methods.sft import SFT
-from methods.signals import Signal
-from metrics.base import Metric
-from metrics.columns import Column
+from bench.methods.sft import SFT
+from bench.methods.signals import Signal
+from bench.metrics.base import Metric
+from bench.metrics.columns import Column
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_another_package_adds_a_method(third_party):
 
 
 def test_another_package_cannot_replace_a_built_in(third_party):
-    assert registry.method("sft").__module__ == "methods.sft"
+    assert registry.method("sft").__module__ == "bench.methods.sft"
 
 
 def test_a_broken_plug_in_is_named_when_it_is_used_and_not_before(third_party):
@@ -72,7 +72,7 @@ def test_a_plug_in_that_breaks_the_contract_is_named(third_party, name, said):
 
 
 @pytest.mark.parametrize(("attributes", "problem"), [
-    (None, "is no subclass of metrics.base.Metric"),
+    (None, "is no subclass of bench.metrics.base.Metric"),
     ({"name": "mine"}, "calls itself 'mine'; register it under that name"),
     ({"name": "theirs", "columns": ()}, r"columns need names of their own, without a slash; it has \[\]"),
     ({"name": "theirs", "columns": (Column("a", "A"), Column("a", "B"))}, r"it has \['a', 'a'\]"),

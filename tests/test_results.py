@@ -13,10 +13,10 @@ import pytest
 import tiny_bench
 from tiny_bench import bench, history_of, run_of, scores_of, start, unets_of
 
-from bench import runs
-from bench.evaluate import Scorers
 from bench.experiment import Experiment
+from bench.scoring.evaluate import Scorers
 from bench.shared import Shared
+from bench.storage import runs
 from bench.suites import load_suite
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from bench import cli, registry, runs
-from metrics.base import Images, Metric
+from bench import registry
+from bench.commands import cli
+from bench.metrics.base import Images, Metric
+from bench.storage import runs
 
 DARKNESS, GLOOM = "tiny_bench:Darkness", "tiny_bench:Gloom"
 ORDER = ["method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
@@ -122,7 +124,7 @@ def killed(place: str, line: str) -> int:
 
 def die_at(steps: int) -> None:
     """Make this process kill itself instead of its `steps`-th training step."""
-    from bench.train import Loop
+    from bench.training.train import Loop
 
     step, left = Loop.step, [steps]
 

@@ -15,10 +15,10 @@ from diffusers import DDIMScheduler
 from plug_ins import DiffusionKTO
 from tiny import make_unet
 
-from bench.cache import Embeddings
+from bench.methods.diffusion_dpo import DiffusionDPO
 from bench.models import save_unet
-from bench.train import TrainData, TrainSettings, train
-from methods.diffusion_dpo import DiffusionDPO
+from bench.storage.cache import Embeddings
+from bench.training.train import TrainData, TrainSettings, train
 
 SCHEDULER = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 METHODS = (DiffusionDPO(500.0), DiffusionKTO(500.0))  # KTO's statistic is of the batch of all processes

@@ -13,7 +13,7 @@ import numpy as np
 from bench.data import drawings, world
 from bench.data.prompts import PromptSet, load_prompts
 from bench.errors import BenchError, UsageError, did_you_mean
-from bench.stages import fingerprint
+from bench.storage.stages import fingerprint
 
 __all__ = ["PreferenceData", "PromptSet", "Source", "load_pairs", "load_prompts"]
 
@@ -23,7 +23,7 @@ EXAMPLES = 20  # rows left out that the protocol names
 class Source(Protocol):
     """Training data: captioned winners, and where `paired` the losers of human choices.
 
-    Images are uint8 [n, R, R, 3] for n rows; rows that cannot be read raise bench.shards.BrokenRows, the same
+    Images are uint8 [n, R, R, 3] for n rows; rows that cannot be read raise bench.storage.shards.BrokenRows, the same
     ones for winners and losers. `fingerprint` changes with the content of any row, `name` says where a row
     comes from, `record` what was read and left out (for the protocol).
     """

@@ -13,7 +13,7 @@ import numpy as np
 from bench.data.images import IMAGE_SUFFIXES, READING, images_in, read_images
 from bench.data.tables import read_column, read_table
 from bench.errors import BenchError
-from bench.stages import fingerprint
+from bench.storage.stages import fingerprint
 
 CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl", "captions.csv", "prompts.csv")
 

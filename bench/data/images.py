@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from bench.data.depth import eight_bits
 from bench.errors import first_line
-from bench.shards import BrokenRows
+from bench.storage.shards import BrokenRows
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 READING = "shorter side resized (bilinear), centre crop"  # for the protocol, and part of every cache's name

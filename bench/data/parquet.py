@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.errors import BenchError, first_line
-from bench.hub import is_hub_id
-from bench.stages import fingerprint
+from bench.runtime.hub import is_hub_id
+from bench.storage.stages import fingerprint
 
 SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")  # Pick-a-Pic's
 

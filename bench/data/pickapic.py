@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from bench.data.images import READING, read_images
 from bench.data.parquet import Shards, split_source
 from bench.errors import BenchError
-from bench.progress import track
-from bench.stages import Stage, fingerprint
+from bench.runtime.progress import track
+from bench.storage.stages import Stage, fingerprint
 
 COLUMNS = ("caption", "label_0", "jpg_0", "jpg_1")
 IMAGE_COLUMNS = ["jpg_0", "jpg_1"]

@@ -17,7 +17,6 @@ import click
 import numpy as np
 import torch
 
-from bench.cache import encode_images
 from bench.data import drawings, load_prompts
 from bench.mini import MINI_WEIGHTS, denoiser, rankers, scorers, vae
 from bench.mini.judge import Judge
@@ -25,8 +24,9 @@ from bench.mini.judge_training import train_judge
 from bench.mini.pools import Pool, rendered
 from bench.mini.text import build_tokenizer
 from bench.models import load_pipeline
-from bench.sample import sample
-from bench.stages import Stage
+from bench.sampling.sample import sample
+from bench.storage.cache import encode_images
+from bench.storage.stages import Stage
 
 SEED = 0
 PLAN: dict[str, dict[str, Any]] = {

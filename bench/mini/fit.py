@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from bench.errors import BenchError
-from bench.progress import track
-from bench.stages import temporary
+from bench.runtime.progress import track
+from bench.storage.stages import temporary
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:

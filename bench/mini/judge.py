@@ -24,10 +24,10 @@ from torch.nn.functional import gelu
 
 from bench.data import world
 from bench.errors import BenchError, first_line
-from bench.progress import track
-from bench.stages import atomic_write
-from metrics.base import Images, Metric, check_lengths, find_weights, to_rgb, weights_digest
-from metrics.columns import LAST, Column
+from bench.metrics.base import Images, Metric, check_lengths, find_weights, to_rgb, weights_digest
+from bench.metrics.columns import LAST, Column
+from bench.runtime.progress import track
+from bench.storage.stages import atomic_write
 
 MAX_THINGS = 3
 OPTIONS: dict[str, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from bench.data import drawings, world
 from bench.data.drawings import Drawing
-from bench.progress import track
+from bench.runtime.progress import track
 
 RoundTrip = Callable[[np.ndarray], np.ndarray]
 """What the autoencoder makes of images: uint8 [N, 64, 64, 3] to the same."""

@@ -19,6 +19,13 @@ from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
 
 from bench.data import drawings, world
 from bench.data.drawings import Drawing
+from bench.metrics import blip
+from bench.metrics.aesthetic import head_layers
+from bench.metrics.clip_family import ClipBackbone
+from bench.metrics.hpsv2 import HPSv2
+from bench.metrics.imagereward import MAX_TOKENS, MED_CONFIG, ImageReward, Network
+from bench.metrics.open_clip_format import CONFIG_FILE, from_transformers
+from bench.metrics.pixels import CLIP_MEAN, CLIP_STD, normalised
 from bench.mini.fit import fit
 from bench.mini.pools import Pool, RoundTrip, pair_pool, pool_of
 from bench.mini.scorers import (
@@ -35,13 +42,6 @@ from bench.mini.scorers import (
     with_round_trips,
 )
 from bench.mini.text import vocabulary_text
-from metrics import blip
-from metrics.aesthetic import head_layers
-from metrics.clip_family import ClipBackbone
-from metrics.hpsv2 import HPSv2
-from metrics.imagereward import MAX_TOKENS, MED_CONFIG, ImageReward, Network
-from metrics.open_clip_format import CONFIG_FILE, from_transformers
-from metrics.pixels import CLIP_MEAN, CLIP_STD, normalised
 
 GROUP = 4  # images of a ranking
 RANKED_STREAM, RANKING_STREAM = 31, 32

@@ -23,14 +23,14 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from bench.data import drawings, world
 from bench.data.drawings import Drawing
+from bench.metrics.aesthetic import Aesthetic, head_layers
+from bench.metrics.base import Metric
+from bench.metrics.clip import CLIPScore
+from bench.metrics.clip_family import ClipBackbone
+from bench.metrics.pickscore import PickScore
 from bench.mini.fit import fit
 from bench.mini.pools import Pool, RoundTrip, pair_pool, pairwise, pool_of
-from bench.stages import atomic_write
-from metrics.aesthetic import Aesthetic, head_layers
-from metrics.base import Metric
-from metrics.clip import CLIPScore
-from metrics.clip_family import ClipBackbone
-from metrics.pickscore import PickScore
+from bench.storage.stages import atomic_write
 
 WIDTH = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "hidden_act": "gelu"}
 VISION = WIDTH | {"num_hidden_layers": 4, "image_size": world.SIZE, "patch_size": 8}

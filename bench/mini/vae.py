@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from bench.mini.fit import fit
-from bench.progress import track
+from bench.runtime.progress import track
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,

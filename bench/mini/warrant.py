@@ -23,14 +23,14 @@ from scipy.stats import rankdata
 from bench.data import world
 from bench.data.drawings import Drawing
 from bench.errors import BenchError, UsageError
-from bench.evaluate import read_images
 from bench.mini import MINI_WEIGHTS, pixels, vae
 from bench.mini.judge import SCORES, Judge, SecondJudge, parse, rated, scenes
 from bench.mini.pools import rendered, rough_pair
-from bench.progress import track
-from reports import stats
-from reports.agreement import correlation, spearman
-from reports.uncertainty import LEVEL
+from bench.reports import stats
+from bench.reports.agreement import correlation, spearman
+from bench.reports.uncertainty import LEVEL
+from bench.runtime.progress import track
+from bench.scoring.evaluate import read_images
 
 READERS = ("judge", "judge2", "pixels")
 TRUTH = "truth"  # the reader of drawings, which knows

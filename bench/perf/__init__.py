@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from bench.progress import quiet, track
-from bench.stages import atomic_write
+from bench.runtime.progress import quiet, track
+from bench.storage.stages import atomic_write
 
 MATMUL = {"cpu": 1536, "cuda": 8192}  # side of the square matrices whose product shows the device's peak
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -70,8 +70,8 @@ def synchronise(device: torch.device) -> None:
 
 def protocol(device: torch.device, **settings: Any) -> dict[str, Any]:
     """What was measured, where and with which versions."""
-    from bench.protocol import device_name, git_commit
-    from bench.versions import versions
+    from bench.runtime.versions import versions
+    from bench.storage.protocol import device_name, git_commit
 
     return {"device": device_name(device), **settings, "versions": versions(PACKAGES), "git_commit": git_commit()}
 

@@ -4,7 +4,8 @@ As the released code of Diffusion-DPO and its descendants does a step (and diffu
 every micro-batch goes through the VAE and the text encoder again, the reference and the policy each run once for it,
 gradients add up over the micro-batches of a batch, then clipping, AdamW and a schedule. Frozen parts run in the
 mixed precision; the policy's weights are fp32 under autocast. What the recipe leaves to data-loading workers (reading,
-decoding and cropping images) is not charged to it: images come as tensors. It shares no code with bench/train.py.
+decoding and cropping images) is not charged to it: images come as tensors. It shares no code with
+bench/training/.
 """
 
 from __future__ import annotations

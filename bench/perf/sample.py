@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from bench import cost, models
+from bench import models
+from bench.costs import cost
 from bench.data import load_prompts
 from bench.perf import compared, interleave, protocol
-from bench.sample import SCHEDULERS, latent_shape, sample
+from bench.sampling.sample import SCHEDULERS, latent_shape, sample
 
 SEED = 5775709
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from bench.data import PreferenceData
-from bench.evaluate import Scorers
+from bench.metrics.base import Metric
 from bench.perf import compared, interleave, protocol
-from metrics.base import Metric
+from bench.scoring.evaluate import Scorers
 
 SEED = 1
 

@@ -13,17 +13,18 @@ import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
-from bench import cost, models, registry
-from bench.cache import encode_images, encode_prompts
+from bench import models, registry
+from bench.costs import cost
 from bench.experiment import build_method
+from bench.methods.base import Method, Pairing
 from bench.perf import compared, interleave, matmul_flops, protocol
 from bench.perf.baseline import Baseline, Recipe
-from bench.progress import quiet
-from bench.recipe import TrainSettings, make_accelerator
-from bench.sample import latent_shape
+from bench.runtime.progress import quiet
+from bench.sampling.sample import latent_shape
+from bench.storage.cache import encode_images, encode_prompts
 from bench.suites import Iteration, options
-from bench.train import TrainData, train
-from methods.base import Method, Pairing
+from bench.training.recipe import TrainSettings, make_accelerator
+from bench.training.train import TrainData, train
 
 SEED, LR, BETA = 0, 1e-8, 2000.0  # a rate that leaves the weights as they are, however long one measures
 

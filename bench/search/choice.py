@@ -12,10 +12,10 @@ import pandas as pd
 from optuna.trial import FrozenTrial
 from scipy import stats
 
+from bench.reports.uncertainty import LEVEL, estimates
 from bench.search import grids
 from bench.search.grids import Setting
 from bench.search.queue import Cell
-from reports.uncertainty import LEVEL, estimates
 
 FIRST = ["entry", "iteration"]
 LAST = ["seed", "pairs", "utility", "gain"]

@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 
 from bench.errors import UsageError, did_you_mean
+from bench.methods.base import Method
 from bench.suites import Iteration, Search, Suite, keys, options
-from methods.base import Method
 
 Setting = dict[str, Any]  # all that an iteration is given, by name, without what is null
 Side = Literal["low", "high"]

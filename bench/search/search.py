@@ -19,8 +19,8 @@ from bench.search.choice import Choice
 from bench.search.grids import Setting
 from bench.search.queue import Cell, Study, cell_of
 from bench.search.trials import Round, Trials
-from bench.signals import Broken
 from bench.suites import Suite
+from bench.training.signals import Broken
 
 POLL = 2.0  # seconds between two looks for a trial that may be taken
 Say = Callable[[str], None]

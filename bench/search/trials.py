@@ -16,19 +16,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench import pieces
 from bench.data import load_prompts
 from bench.errors import UsageError, did_you_mean
 from bench.experiment import Experiment, build_method
-from bench.progress import quiet
-from bench.recipe import NEUTRAL
-from bench.runs import Run
+from bench.methods.base import Pairing
+from bench.runtime.progress import quiet
 from bench.search import grids
 from bench.search.grids import Setting
 from bench.shared import Shared
-from bench.stages import fingerprint, link, temporary
+from bench.storage import pieces
+from bench.storage.runs import Run
+from bench.storage.stages import fingerprint, link, temporary
 from bench.suites import Iteration, Prompts, Suite
-from methods.base import Pairing
+from bench.training.recipe import NEUTRAL
 
 FOLDER = Path("results/search")
 PROMPT_SET = "validation"

@@ -16,7 +16,7 @@ from bench.suites import keys, options
 from bench.suites.section import Iteration, Section
 
 if TYPE_CHECKING:
-    from methods.base import Method
+    from bench.methods.base import Method
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from bench.suites import keys
 from bench.suites.section import Iteration, Section
 
 if TYPE_CHECKING:
-    from methods.base import Method
+    from bench.methods.base import Method
 
 REQUIRED = inspect.Parameter.empty
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import Errors, Facts, Method, Pairing, Weights
-from methods.signals import Signal
+from bench.methods.base import Errors, Facts, Method, Pairing, Weights
+from bench.methods.signals import Signal
 
 
 class Hinge(Method):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metrics.base import Images, Metric, check_lengths, to_rgb
-from metrics.columns import Column
+from bench.metrics.base import Images, Metric, check_lengths, to_rgb
+from bench.metrics.columns import Column
 
 
 class Tones(Metric):

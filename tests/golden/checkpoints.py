@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import BertTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from metrics import imagereward
-from metrics.aesthetic import head_layers
-from metrics.open_clip_format import clip_config
-from metrics.sharing import shared
+from bench.metrics import imagereward
+from bench.metrics.aesthetic import head_layers
+from bench.metrics.open_clip_format import clip_config
+from bench.metrics.sharing import shared
 
 STORED = json.loads(Path(__file__).with_name("scorers.json").read_text())
 IMAGEREWARD_GAIN = 1.6

@@ -2,8 +2,8 @@
 
     python tests/golden/make_scorers.py WORK [--full]
 
-The environment: bench/official/requirements.txt (its comment says how) and open-clip-torch 3.3.0 beside. image-reward
-imports `clip`, which is clip-anytorch's, without declaring it; hpsv2's wheel lacks
+The environment: bench/scoring/official/requirements.txt (its comment says how) and open-clip-torch 3.3.0 beside.
+image-reward imports `clip`, which is clip-anytorch's, without declaring it; hpsv2's wheel lacks
 `hpsv2/src/open_clip/bpe_simple_vocab_16e6.txt.gz`; the copy in clip-anytorch is the same file.
 
 WORK holds BERT's vocabulary as WORK/bert-base-uncased/vocab.txt and CLIP's tokenizer files as WORK/clip-tokenizer

@@ -24,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import inputs
 from checkpoints import grid, save_heads, save_imagereward, save_open_clip, save_pickscore
 
-from bench.stages import atomic_write
-from metrics.aesthetic import Aesthetic, AestheticV1
-from metrics.base import Metric
-from metrics.clip import CLIPScore, CLIPScoreL14
-from metrics.hpsv2 import HPSv2
-from metrics.imagereward import ImageReward
-from metrics.open_clip_format import VIT_H_14, VIT_L_14
-from metrics.pickscore import PickScore
+from bench.metrics.aesthetic import Aesthetic, AestheticV1
+from bench.metrics.base import Metric
+from bench.metrics.clip import CLIPScore, CLIPScoreL14
+from bench.metrics.hpsv2 import HPSv2
+from bench.metrics.imagereward import ImageReward
+from bench.metrics.open_clip_format import VIT_H_14, VIT_L_14
+from bench.metrics.pickscore import PickScore
+from bench.storage.stages import atomic_write
 
 TARGET = Path(__file__).parents[2] / "results" / "measured" / "scorer_parity.csv"
 OFFICIAL = {"hpsv2": "hpsv2", "hpsv2_no_antialias": "hpsv2", "clip": "open-clip-torch", "clip_l14": "open-clip-torch",

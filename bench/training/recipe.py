@@ -1,0 +1,91 @@
+"""How one iteration is trained: its settings, and the optimizer and the precision they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bench.errors import UsageError
+from bench.runtime import processes
+
+# settings that change speed, memory or when a training stops, and never a number it writes
+NEUTRAL = ("gradient_checkpointing", "checkpoint_every", "stop_on_collapse")
+# settings that came later: at their defaults they change nothing, so they do not make older results stale
+LATER = ("lr_schedule", "schedule_steps", "precision", "optimizer", "ema", "lora_rank", "compile")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of one iteration. A sample is a pair, or one image when a method trains on winners alone."""
+
+    steps: int
+    lr: float
+    batch_size: int  # samples per optimizer step, over all processes
+    micro_batch: int  # samples per forward pass and process; changes memory and speed only
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    warmup_steps: int = 0
+    lr_schedule: str = "constant"  # after the warm-up: "constant", or "linear" down to 0
+    schedule_steps: int | None = None  # where "linear" reaches 0; None: at the end of the iteration
+    max_grad_norm: float = 1.0
+    prompt_dropout: float = 0.0
+    precision: str = "fp32"  # of matrix products and convolutions: "fp32", "bf16", "fp16"; weights stay fp32
+    optimizer: str = "adamw"  # or "adamw8bit"
+    ema: float | None = None  # decay of the moving average that becomes the result, the same in every step
+    lora_rank: int | None = None  # of the adapter that is trained instead of the weights
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    log_every: int = 10
+    checkpoint_every: int | None = 50
+    stop_on_collapse: bool = True
+    first_step: int = 0  # steps of earlier iterations: this one sees other noise and goes on in the data
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then constant or linear to 0; `step` counts from 0 in this iteration."""
+        rate = self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.lr_schedule == "constant" or step < self.warmup_steps:
+            return rate
+        end = self.schedule_steps or self.steps
+        return rate * max(0.0, (end - step) / max(1, end - self.warmup_steps))
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers, for the hash of a stage."""
+        later = {field.name: field.default for field in fields(self) if field.name in LATER}
+        decides = {name: value for name, value in asdict(self).items()
+                   if name not in NEUTRAL and not (name in later and value == later[name])}
+        return decides if self.ema is None else {**decides, "ema_ramp": False}  # results with one are stale
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """An accelerator for a training in "fp32", "bf16" or "fp16" on the best device there is."""
+    accelerator = processes.accelerator("no" if precision == "fp32" else precision)
+    if precision != "fp32" and not accelerator.native_amp:  # it would train in fp32 without a word
+        raise UsageError(f"train.precision={precision} does not run on a {accelerator.device.type}: use bf16 or fp32")
+    return accelerator
+
+
+def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings,
+                   device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101), or the same with its two moments in 8 bits (arXiv 2110.02861)."""
+    options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.adam_beta1, settings.adam_beta2),
+               "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(trained, **options)
+
+
+def require_packages(optimizer: str, lora_rank: int | None) -> None:
+    """Say before anything is started which package for an option is not installed."""
+    for wanted, package, option in ((optimizer == "adamw8bit", "bitsandbytes", "optimizer=adamw8bit"),
+                                    (lora_rank is not None, "peft", f"lora_rank={lora_rank}")):
+        if wanted and find_spec(package) is None:
+            raise UsageError(f"train.{option} needs {package}, which is not installed: "
+                             f"pip install 'diffusion-align-bench[{package}]'")

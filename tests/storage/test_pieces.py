@@ -1,0 +1,102 @@
+"""Stages made in pieces: nothing is made twice, whoever makes it, and nothing half made is taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.runtime.processes import Processes
+from bench.storage import pieces, runs
+from bench.storage.stages import Stage, temporary
+
+BATCHES = pieces.batches(10, 3)
+
+
+@pytest.fixture
+def processes(accelerator) -> Processes:
+    return Processes(accelerator)
+
+
+def work(stage: Stage, processes: Processes, stop: int | None = None) -> list[int]:
+    """Make the stage, an array of row numbers, and return which pieces were made; it breaks down at `stop`."""
+    made = []
+
+    def prepare() -> pieces.Make:
+        def make(number: int, folder: Path) -> None:
+            pieces.write_array(pieces.path(folder, number, ".npy"), np.array(BATCHES[number]))
+            if number == stop:
+                raise RuntimeError
+            made.append(number)
+
+        return make
+
+    def join(folder: Path) -> None:
+        np.save(folder / "all.npy", np.concatenate([np.load(pieces.path(folder, number, ".npy"))
+                                                    for number in range(len(BATCHES))]))
+
+    pieces.divided(stage, processes, "test", BATCHES, prepare, join, images=10)
+    return made
+
+
+def test_work_goes_on_where_it_stopped(tmp_path, processes):
+    stage = Stage(tmp_path / "stage", {})
+    with pytest.raises(RuntimeError):
+        work(stage, processes, stop=2)
+    assert not stage.done
+    assert work(stage, processes) == [2, 3]
+    assert np.load(stage.directory / "all.npy").tolist() == list(range(10))
+    assert json.loads((stage.directory / "cost.json").read_text())["images"] == 10
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["all.npy", "cost.json", "stage", "stage.json"]
+    assert work(stage, processes) == []
+
+
+def test_pieces_of_other_inputs_or_of_another_layout_are_not_used(tmp_path, processes, monkeypatch):
+    with pytest.raises(RuntimeError):
+        work(Stage(tmp_path / "stage", {"lr": 1}), processes, stop=2)
+    assert work(Stage(tmp_path / "stage", {"lr": 2}), processes) == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError):
+        work(Stage(tmp_path / "stage", {"lr": 3}), processes, stop=2)
+    monkeypatch.setattr("test_pieces.BATCHES", pieces.batches(10, 5))
+    assert work(Stage(tmp_path / "stage", {"lr": 3}), processes) == [0, 1]
+
+
+def test_a_run_that_is_late_takes_what_another_one_has_finished(tmp_path, processes, monkeypatch):
+    """The other run finishes the stage, and takes the folder away, while this one is at its first piece; that takes a
+    file system that keeps no locks."""
+    monkeypatch.setattr(Stage, "held", lambda self: nullcontext())
+    stage = Stage(tmp_path / "stage", {})
+
+    def prepare() -> pieces.Make:
+        work(stage, processes)
+        return lambda number, folder: (folder / "late").write_text("")
+
+    pieces.divided(stage, processes, "test", BATCHES, prepare)
+    assert stage.done and np.load(stage.directory / "all.npy").tolist() == list(range(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+def test_every_process_has_its_share_of_whole_pieces(processes):
+    shares = []
+    for processes.index in range(3):
+        processes.count = 3
+        shares.append(list(processes.share(BATCHES)))
+    assert sorted((piece for share in shares for piece in share), key=list) == BATCHES
+    assert [len(share) for share in shares] == [2, 1, 1]
+
+
+def test_leftovers_of_another_host_are_removed_when_they_are_old(tmp_path, monkeypatch):
+    mine = temporary(tmp_path / "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("socket.gethostname", lambda: "elsewhere")
+        new, old = temporary(tmp_path / "new"), temporary(tmp_path / "old")
+    for path in (mine, new, old):
+        path.mkdir()
+    os.utime(old, (time.time() - 2 * runs.FORGOTTEN,) * 2)
+    runs.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([mine, new])
