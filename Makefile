@@ -26,6 +26,7 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 # README.md's and results/measured/README.md's numbers, from the files in results/measured/
 quotes: $(STAMP)

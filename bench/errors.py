@@ -32,5 +32,7 @@ def first_line(error: BaseException) -> str:
 def printable(text: str, most: int | None = None) -> str:
     """Text from outside as a terminal may show it: control, format and surrogate characters escaped, cut at `most`."""
     cut = text if most is None or len(text) <= most else f"{text[:most]}..."
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
-                   for letter in cut)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
+        for letter in cut
+    )

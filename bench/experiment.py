@@ -66,8 +66,9 @@ def execute(run: Run, shared: Shared, mongo: str | None = None, sql: str | None 
     except RuntimeError as error:
         if not processes.lost(error):
             raise
-        raise BenchError(f"another process of this run has died or cannot be reached; to go on: "
-                         f"bench run --resume {run.id}") from error
+        raise BenchError(
+            f"another process of this run has died or cannot be reached; to go on: bench run --resume {run.id}"
+        ) from error
 
 
 def build_method(name: str, settings: Iteration) -> Method:
@@ -133,23 +134,36 @@ class Experiment:
         method = self.methods[iteration - 1]
         reference = method.next_reference(self.shared.base, previous)
         opponent = self.opponent(iteration, reference) if method.pairing is Pairing.SELF_PLAY else None
-        stage = Stage(self.run.folder / f"iter{iteration}", {
-            "method": self.run.method, **self.chosen(iteration), "seed": self.run.seed,
-            "settings": self.train_settings(iteration).identity(),
-            "policy": previous.key, "reference": reference.key if reference else None,
-            "losers": opponent.hash if opponent else method.pairing.value, "data": self.shared.data_key})
-        checkpoints = Checkpoints(self.run.folder / "stages" / f"training{iteration}", stage.hash,
-                                  self.suite.training(self.run.method).checkpoint_every)
-        inside = {result.within: self.checkpoint(result, stage.hash) for result in self.results(iteration)
-                  if not result.end}
+        stage = Stage(
+            self.run.folder / f"iter{iteration}",
+            {
+                "method": self.run.method,
+                **self.chosen(iteration),
+                "seed": self.run.seed,
+                "settings": self.train_settings(iteration).identity(),
+                "policy": previous.key,
+                "reference": reference.key if reference else None,
+                "losers": opponent.hash if opponent else method.pairing.value,
+                "data": self.shared.data_key,
+            },
+        )
+        checkpoints = Checkpoints(
+            self.run.folder / "stages" / f"training{iteration}",
+            stage.hash,
+            self.suite.training(self.run.method).checkpoint_every,
+        )
+        inside = {
+            result.within: self.checkpoint(result, stage.hash) for result in self.results(iteration) if not result.end
+        }
         missing = self.processes.once(lambda: [step for step, part in inside.items() if not part.ready()])
         if self.processes.once(lambda: bool(missing) or not stage.ready()):
             if self.processes.main and missing and missing[0] <= checkpoints.reached():
                 checkpoints.remove()  # the training has passed a result that somebody has removed since
             self.processes.wait()
             self.processes.once(checkpoints.check)
-            self.train(iteration, stage, previous, reference, opponent, checkpoints,
-                       {step: inside[step] for step in missing})
+            self.train(
+                iteration, stage, previous, reference, opponent, checkpoints, {step: inside[step] for step in missing}
+            )
         if self.processes.main:
             checkpoints.remove()
         self.inside += [part.directory for part in inside.values()]
@@ -165,26 +179,40 @@ class Experiment:
     def train_settings(self, iteration: int) -> TrainSettings:
         """The suite's settings for one iteration, which goes on in the data where the last one stopped."""
         planned = self.schedule[iteration - 1]
-        earlier = sum(settings.steps for settings in self.schedule[:iteration - 1])
-        return TrainSettings(steps=planned.steps, lr=planned.lr, first_step=earlier,
-                             **self.suite.training(self.run.method).model_dump())
+        earlier = sum(settings.steps for settings in self.schedule[: iteration - 1])
+        return TrainSettings(
+            steps=planned.steps, lr=planned.lr, first_step=earlier, **self.suite.training(self.run.method).model_dump()
+        )
 
     def opponent(self, iteration: int, reference: Weights) -> Stage:
         """Let the reference make a loser for every pair this iteration will see; kept as latents."""
         settings = self.suite.opponents(self.run.method)
         pairs = self.pairs_seen(iteration)
-        stage = Stage(self.run.folder / "stages" / f"opponent{iteration}", {
-            "weights": reference.key, "dtype": self.suite.model.dtype, "data": self.shared.data_key,
-            "pairs": fingerprint(pairs.tolist()), "seed": self.run.seed, "iteration": iteration,
-            **settings.model_dump(exclude={"batch_size"})})
+        stage = Stage(
+            self.run.folder / "stages" / f"opponent{iteration}",
+            {
+                "weights": reference.key,
+                "dtype": self.suite.model.dtype,
+                "data": self.shared.data_key,
+                "pairs": fingerprint(pairs.tolist()),
+                "seed": self.run.seed,
+                "iteration": iteration,
+                **settings.model_dump(exclude={"batch_size"}),
+            },
+        )
         rows = self.opponent_keys(iteration, pairs)
         batches = opponent_batches(rows, settings.batch_size)
 
         def prepare() -> pieces.Make:
-            sampler = Sampler(self.shared.pipe, guidance=settings.guidance, steps=settings.steps,
-                              scheduler=settings.scheduler, unet=self.shared.unet(reference),
-                              output="roundtrip" if settings.roundtrip else "latents",
-                              name=f"{self.run.method} {iteration}: opponent")
+            sampler = Sampler(
+                self.shared.pipe,
+                guidance=settings.guidance,
+                steps=settings.steps,
+                scheduler=settings.scheduler,
+                unet=self.shared.unet(reference),
+                output="roundtrip" if settings.roundtrip else "latents",
+                name=f"{self.run.method} {iteration}: opponent",
+            )
 
             def draw(number: int, folder: Path) -> None:
                 latents = sampler([rows[row] for row in batches[number]])
@@ -198,10 +226,20 @@ class Experiment:
             pieces.write_array(folder / "pairs.npy", pairs)
 
         recode = sum(self.shared.vae_flops) if settings.roundtrip else 0
-        flops = cost.sampling_flops(self.shared.forward_flops(), recode, len(pairs), steps=settings.steps,
-                                    guidance=settings.guidance)
-        pieces.divided(stage, self.processes, f"iter{iteration}/opponent", batches, prepare, join,
-                       f"{self.run.method} {iteration}: opponent", images=len(pairs), flops=flops)
+        flops = cost.sampling_flops(
+            self.shared.forward_flops(), recode, len(pairs), steps=settings.steps, guidance=settings.guidance
+        )
+        pieces.divided(
+            stage,
+            self.processes,
+            f"iter{iteration}/opponent",
+            batches,
+            prepare,
+            join,
+            f"{self.run.method} {iteration}: opponent",
+            images=len(pairs),
+            flops=flops,
+        )
         self.done.append(stage.directory)
         return stage
 
@@ -209,8 +247,9 @@ class Experiment:
         """The pairs one iteration trains on, ascending."""
         settings = self.train_settings(iteration)
         size = settings.batch_size
-        return np.unique(sample_order(self.run.seed, settings.first_step * size, settings.steps * size,
-                                      len(self.shared.pairs)))
+        return np.unique(
+            sample_order(self.run.seed, settings.first_step * size, settings.steps * size, len(self.shared.pairs))
+        )
 
     def opponent_keys(self, iteration: int, pairs: np.ndarray) -> list[Key]:
         """Seed and prompt of every pair's loser.
@@ -223,18 +262,33 @@ class Experiment:
         seeds = {int(repeat): derive("opponent", self.run.seed, iteration, int(repeat)) for repeat in repeats.unique()}
         return [(seeds[repeat], prompt) for repeat, prompt in zip(repeats.tolist(), prompts.tolist(), strict=True)]
 
-    def train(self, iteration: int, stage: Stage, previous: Weights, reference: Weights | None,
-              opponent: Stage | None, checkpoints: Checkpoints, inside: Mapping[int, Stage]) -> None:
+    def train(
+        self,
+        iteration: int,
+        stage: Stage,
+        previous: Weights,
+        reference: Weights | None,
+        opponent: Stage | None,
+        checkpoints: Checkpoints,
+        inside: Mapping[int, Stage],
+    ) -> None:
         """Train and leave the end in `stage`, and in `inside` the policy after so many steps."""
         method, settings = self.methods[iteration - 1], self.train_settings(iteration)
-        data = TrainData(self.shared.latents("winners"), self.loser_latents(method, opponent),
-                         self.shared.embeddings())
+        data = TrainData(self.shared.latents("winners"), self.loser_latents(method, opponent), self.shared.embeddings())
 
         def amount(steps: int) -> dict[str, int]:
             pairs = steps * settings.batch_size
-            return {"pairs": pairs, "flops": cost.training_flops(
-                self.shared.forward_flops(), pairs, paired=data.losers is not None, reference=reference is not None,
-                adapter=settings.lora_rank is not None, statistic=method.has_statistic())}
+            return {
+                "pairs": pairs,
+                "flops": cost.training_flops(
+                    self.shared.forward_flops(),
+                    pairs,
+                    paired=data.losers is not None,
+                    reference=reference is not None,
+                    adapter=settings.lora_rank is not None,
+                    statistic=method.has_statistic(),
+                ),
+            }
 
         def keep(step: int, seconds: float) -> None:
             with inside[step].fresh() as folder:
@@ -245,9 +299,21 @@ class Experiment:
         whole = amount(settings.steps)
         with timed(stage, self.processes, f"iter{iteration}/train", checkpoints.seconds(), **whole) as folder:
             policy, frozen = self.models(settings, previous, reference)
-            history = train(policy, frozen, method, data, settings, self.shared.pipe.scheduler, self.run.seed,
-                            self.shared.accelerator, f"{self.run.method} {iteration}: training", checkpoints,
-                            flops_per_sample=whole["flops"] / whole["pairs"], results=inside, keep=keep)
+            history = train(
+                policy,
+                frozen,
+                method,
+                data,
+                settings,
+                self.shared.pipe.scheduler,
+                self.run.seed,
+                self.shared.accelerator,
+                f"{self.run.method} {iteration}: training",
+                checkpoints,
+                flops_per_sample=whole["flops"] / whole["pairs"],
+                results=inside,
+                keep=keep,
+            )
             if folder is not None:
                 save_result(policy, folder)
                 rows = pd.DataFrame(history)
@@ -255,8 +321,9 @@ class Experiment:
                 rows.insert(1, "iteration", iteration)
                 rows.to_parquet(folder / "history.parquet", index=False)
 
-    def models(self, settings: TrainSettings, previous: Weights, reference: Weights | None,
-               ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
+    def models(
+        self, settings: TrainSettings, previous: Weights, reference: Weights | None
+    ) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
         """Policy and reference. A policy that trains an adapter on the reference's weights is the reference itself,
         with the adapter off; every iteration starts a new adapter, on weights the last one was merged into."""
         policy = models.load_unet(previous.folder)
@@ -311,8 +378,11 @@ class Experiment:
                 if scored.blank:
                     seed = "" if model.result == BASE else f", seed {self.run.seed}"
                     total = len(prompts) * len(self.suite.evaluation.seeds)
-                    self.warn(evaluate.blank_warning(f"{model.result.title}{seed}, {name}, guidance {guidance:g}",
-                                                     scored.blank, total))
+                    self.warn(
+                        evaluate.blank_warning(
+                            f"{model.result.title}{seed}, {name}, guidance {guidance:g}", scored.blank, total
+                        )
+                    )
         if self.processes.main:
             write_table(self.run.folder / "scores.parquet", pd.concat(self.scores, ignore_index=True))
             write_cost(self.run, self.done, self.shared, self.inside)
@@ -339,8 +409,13 @@ def guidance_warnings(run: Run) -> list[str]:
     used = {"evaluation.guidance": run.suite.evaluation.guidance}
     if run.suite.method(run.method).pairing is Pairing.SELF_PLAY:
         used["opponent.guidance"] = [run.suite.opponents(run.method).guidance]
-    return [f"{key} {scale:g} is below 1: the prediction leans towards the empty prompt, where diffusers' pipelines "
-            "switch guidance off" for key, scales in used.items() for scale in scales if scale < 1]
+    return [
+        f"{key} {scale:g} is below 1: the prediction leans towards the empty prompt, where diffusers' pipelines "
+        "switch guidance off"
+        for key, scales in used.items()
+        for scale in scales
+        if scale < 1
+    ]
 
 
 class Drawn:

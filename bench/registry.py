@@ -38,8 +38,18 @@ BUILT_IN: dict[str, dict[str, str]] = {
 }
 
 
-CONTRACT = ("name", "title", "pairing", "needs_reference", "needs_products", "signals", "start", "loss",
-            "has_statistic", "next_reference")
+CONTRACT = (
+    "name",
+    "title",
+    "pairing",
+    "needs_reference",
+    "needs_products",
+    "signals",
+    "start",
+    "loss",
+    "has_statistic",
+    "next_reference",
+)
 
 
 def targets(kind: str) -> dict[str, str]:
@@ -78,8 +88,10 @@ def method(name: str) -> type[Method]:
     found = _load("methods", name)
     lacks = [part for part in CONTRACT if not hasattr(found, part)]
     if lacks:
-        raise BenchError(f"method {name!r}: {found.__module__}.{found.__qualname__} has no {', '.join(lacks)}; "
-                         "methods/base.py says what every method has")
+        raise BenchError(
+            f"method {name!r}: {found.__module__}.{found.__qualname__} has no {', '.join(lacks)}; "
+            "methods/base.py says what every method has"
+        )
     taken = [signal.name for signal in found.signals if signal.name in TAKEN]
     if taken:
         raise BenchError(f"method {name!r}: a signal cannot be called {', '.join(taken)}: every training logs that")
@@ -92,11 +104,15 @@ def metric(name: str) -> type[Metric]:
 
     found = _load("metrics", name)
     if not (isinstance(found, type) and issubclass(found, Metric)):
-        raise BenchError(f"metric {name!r}: {targets('metrics')[name]} is no subclass of bench.metrics.base.Metric; "
-                         "metrics/README.md tells how to write one")
+        raise BenchError(
+            f"metric {name!r}: {targets('metrics')[name]} is no subclass of bench.metrics.base.Metric; "
+            "metrics/README.md tells how to write one"
+        )
     if found.name != name:
-        raise BenchError(f"metric {name!r}: {found.__module__}.{found.__qualname__} calls itself {found.name!r}; "
-                         "register it under that name")
+        raise BenchError(
+            f"metric {name!r}: {found.__module__}.{found.__qualname__} calls itself {found.name!r}; "
+            "register it under that name"
+        )
     columns = [column.name for column in found.columns]
     if not columns or len(set(columns)) < len(columns) or any("/" in column for column in columns):
         raise BenchError(f"metric {name!r}: columns need names of their own, without a slash; it has {columns}")

@@ -79,12 +79,19 @@ class Shared:
         data = suite.data
         with self.processes.main_first():
             folder = models.weights_folder(suite.model.weights)
-            self.source = load_pairs(data.pairs, size=data.size, seed=data.seed, deduplicate=data.deduplicate,
-                                     resolution=models.resolution(folder), cache=CACHE)
+            self.source = load_pairs(
+                data.pairs,
+                size=data.size,
+                seed=data.seed,
+                deduplicate=data.deduplicate,
+                resolution=models.resolution(folder),
+                cache=CACHE,
+            )
         self.expect_data_for(methods)
         self.base = Weights(folder / "unet", models.weights_fingerprint(folder))
-        self.prompt_sets = {name: load_prompts(prompts.prompts, prompts.limit)
-                            for name, prompts in suite.evaluation.prompt_sets.items()}
+        self.prompt_sets = {
+            name: load_prompts(prompts.prompts, prompts.limit) for name, prompts in suite.evaluation.prompt_sets.items()
+        }
         self.pipe = models.load_pipeline(folder, self.device, self.dtype)
         self.pipe.unet.to("meta")  # its shape is all that is asked of it here: `unet` loads what is sampled from
         self.scorers = evaluate.Scorers.load(suite.metrics, suite.metric_options, str(self.device))
@@ -103,19 +110,28 @@ class Shared:
     def data_key(self) -> dict[str, str]:
         """What latents and embeddings of the training pairs are made from."""
         data = self.suite.data
-        return {"weights": self.base.key, "dtype": self.suite.model.dtype, "pairs": self.source.fingerprint,
-                "flip": data.flip, "precision": data.precision}
+        return {
+            "weights": self.base.key,
+            "dtype": self.suite.model.dtype,
+            "pairs": self.source.fingerprint,
+            "flip": data.flip,
+            "precision": data.precision,
+        }
 
     def expect_data_for(self, methods: Sequence[str]) -> None:
         """Refuse methods that the data cannot train."""
         for name in methods:
             pairing = self.suite.method(name).pairing
             if pairing is Pairing.HUMAN and not self.source.paired:
-                raise UsageError(f"{name} is trained on pairs with a human choice, but {self.suite.data.pairs} has one "
-                                 "image a prompt; methods for that are sft and spin")
+                raise UsageError(
+                    f"{name} is trained on pairs with a human choice, but {self.suite.data.pairs} has one "
+                    "image a prompt; methods for that are sft and spin"
+                )
             if pairing is Pairing.SELF_PLAY and self.suite.data.flip:
-                raise UsageError(f"{name}: data.flip mirrors winner and loser together, but samples of the opponent "
-                                 "are latents, which cannot be mirrored exactly; set data.flip=false")
+                raise UsageError(
+                    f"{name}: data.flip mirrors winner and loser together, but samples of the opponent "
+                    "are latents, which cannot be mirrored exactly; set data.flip=false"
+                )
 
     @cached_property
     def truncated_pairs(self) -> int:
@@ -125,8 +141,9 @@ class Shared:
     @cached_property
     def truncated(self) -> dict[str, int]:
         """Prompts that the text encoder does not read to their end, by prompt set."""
-        return {name: count_truncated(self.pipe.tokenizer, prompts.prompts)
-                for name, prompts in self.prompt_sets.items()}
+        return {
+            name: count_truncated(self.pipe.tokenizer, prompts.prompts) for name, prompts in self.prompt_sets.items()
+        }
 
     def announce_data(self) -> None:
         """Say what was left out of the training data and cut off prompts; the same is in the protocol."""
@@ -135,13 +152,18 @@ class Shared:
         record = self.pairs.record()
         if record["left_out"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in record["left_out"].items())
-            click.echo(f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used; left out: {reasons}",
-                       err=True)
+            click.echo(
+                f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used; left out: {reasons}",
+                err=True,
+            )
         cut = {"training pairs": self.truncated_pairs, **self.truncated}
         if any(cut.values()):
             told = ", ".join(f"{count} of {name}" for name, count in cut.items() if count)
-            click.echo(f"prompts longer than the text encoder's {self.pipe.tokenizer.model_max_length} tokens lose "
-                       f"their end: {told}", err=True)
+            click.echo(
+                f"prompts longer than the text encoder's {self.pipe.tokenizer.model_max_length} tokens lose "
+                f"their end: {told}",
+                err=True,
+            )
 
     def latents(self, side: str) -> Rows:
         """Latents of all "winners" or "losers", encoded once: `[N, C, h, w]`, with flips `[N, 2, C, h, w]`."""
@@ -153,20 +175,37 @@ class Shared:
         data, shape, count = self.suite.data, latent_shape(self.pipe.unet), len(self.source)
         key = {**self.data_key, "side": side}
         done = count * (2 if data.flip else 1)
-        return self._charged(f"encode/{side}", key, {
-            "images": done, "flops": done * self.vae_flops[0]}, lambda: cached_latents(
-                CACHE, key, self.pipe.vae, images, count, shape, batch_size=data.batch_size, flip=data.flip,
-                precision=data.precision, share=self.share))
+        return self._charged(
+            f"encode/{side}",
+            key,
+            {"images": done, "flops": done * self.vae_flops[0]},
+            lambda: cached_latents(
+                CACHE,
+                key,
+                self.pipe.vae,
+                images,
+                count,
+                shape,
+                batch_size=data.batch_size,
+                flip=data.flip,
+                precision=data.precision,
+                share=self.share,
+            ),
+        )
 
     def embeddings(self) -> Embeddings:
         """Embeddings of all training prompts, encoded once. All processes must call."""
         made_from = {name: self.data_key[name] for name in ("weights", "dtype")}
         count = len(set(self.source.prompts))
         encode = cost.text_flops(self.pipe.text_encoder, self.pipe.tokenizer.model_max_length)
-        embeddings = self._charged("encode/prompts", {**self.data_key, "side": "prompts"}, {
-            "prompts": count, "flops": count * encode}, lambda: cached_prompts(
-                CACHE, made_from, self.pipe, self.source.prompts, precision=self.suite.data.precision,
-                share=self.share))
+        embeddings = self._charged(
+            "encode/prompts",
+            {**self.data_key, "side": "prompts"},
+            {"prompts": count, "flops": count * encode},
+            lambda: cached_prompts(
+                CACHE, made_from, self.pipe, self.source.prompts, precision=self.suite.data.precision, share=self.share
+            ),
+        )
         return embeddings.select(self.pairs.rows)
 
     def _charged(self, name: str, key: dict[str, str], counts: dict[str, int], encode: Callable[[], T]) -> T:
@@ -193,8 +232,9 @@ class Shared:
     def forward_flops(self) -> int:
         """Operations of one UNet pass for one latent."""
         if self._forward is None:
-            self._forward = cost.unet_flops(self.pipe.unet, latent_shape(self.pipe.unet),
-                                            self.pipe.tokenizer.model_max_length)
+            self._forward = cost.unet_flops(
+                self.pipe.unet, latent_shape(self.pipe.unet), self.pipe.tokenizer.model_max_length
+            )
         return self._forward
 
     @cached_property
@@ -209,8 +249,9 @@ class Shared:
                 self._scoring = cost.flops(lambda: self.scorers.score(np.zeros((1, 64, 64, 3), np.uint8), [prompt]))
         return self._scoring
 
-    def score(self, model: Model, prompt_set: str, guidance: float, images: Path | None = None,
-              scores: Path | None = None) -> Scored:
+    def score(
+        self, model: Model, prompt_set: str, guidance: float, images: Path | None = None, scores: Path | None = None
+    ) -> Scored:
         """Sample and score a model on one prompt set.
 
         Both steps are stages of their own, in the folders given or else in the cache: changing a metric does
@@ -218,16 +259,28 @@ class Shared:
         """
         settings, prompts = self.suite.evaluation, self.prompt_sets[prompt_set]
         label = f"{model.result.title}, {prompt_set}, guidance {guidance:g}"
-        made_from = {"weights": model.weights.key, "dtype": self.suite.model.dtype,
-                     "prompts": fingerprint(prompts.prompts), "guidance": guidance, "steps": settings.steps,
-                     "scheduler": settings.scheduler, "seeds": settings.seeds}
+        made_from = {
+            "weights": model.weights.key,
+            "dtype": self.suite.model.dtype,
+            "prompts": fingerprint(prompts.prompts),
+            "guidance": guidance,
+            "steps": settings.steps,
+            "scheduler": settings.scheduler,
+            "seeds": settings.seeds,
+        }
         drawn = Stage(images or CACHE / f"images-{fingerprint(made_from)}", made_from)
         rows = keys(prompts.prompts, settings.seeds)
         batches = pieces.batches(len(rows), settings.batch_size)
 
         def prepare() -> pieces.Make:
-            sampler = Sampler(self.pipe, guidance=guidance, steps=settings.steps, scheduler=settings.scheduler,
-                              unet=self.unet(model.weights), name=model.result.title)
+            sampler = Sampler(
+                self.pipe,
+                guidance=guidance,
+                steps=settings.steps,
+                scheduler=settings.scheduler,
+                unet=self.unet(model.weights),
+                name=model.result.title,
+            )
 
             def draw(number: int, folder: Path) -> None:
                 batch = slice(batches[number].start, batches[number].stop)
@@ -236,17 +289,27 @@ class Shared:
 
             return draw
 
-        flops = cost.sampling_flops(self.forward_flops(), self.vae_flops[1], len(rows), steps=settings.steps,
-                                    guidance=guidance)
+        flops = cost.sampling_flops(
+            self.forward_flops(), self.vae_flops[1], len(rows), steps=settings.steps, guidance=guidance
+        )
         name = f"{model.result.name}/images/{prompt_set}-g{guidance:g}"
         if images is None:
             self.common[name] = drawn.directory
-        pieces.divided(drawn, self.processes, name, batches, prepare, description=f"sampling {label}",
-                       images=len(rows), flops=flops)
+        pieces.divided(
+            drawn,
+            self.processes,
+            name,
+            batches,
+            prepare,
+            description=f"sampling {label}",
+            images=len(rows),
+            flops=flops,
+        )
         return self._scored(model, prompt_set, guidance, drawn, scores, f"scoring {label}")
 
-    def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None,
-                description: str) -> Scored:
+    def _scored(
+        self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None, description: str
+    ) -> Scored:
         prompts, seeds = self.prompt_sets[prompt_set], self.suite.evaluation.seeds
         made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "prompt_set": prompt_set}
         stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
@@ -270,24 +333,31 @@ class Shared:
         def join(folder: Path) -> None:
             parts = [pd.read_parquet(pieces.path(folder, number, ".parquet")) for number in range(len(blocks))]
             values = {str(name): column.to_numpy() for name, column in pd.concat(parts).items()}
-            identity = {"run": "", "method": model.result.method, "iteration": model.result.iteration,
-                        "step": model.result.step, "prompt_set": prompt_set, "guidance": float(guidance)}
+            identity = {
+                "run": "",
+                "method": model.result.method,
+                "iteration": model.result.iteration,
+                "step": model.result.step,
+                "prompt_set": prompt_set,
+                "guidance": float(guidance),
+            }
             write_table(folder / "scores.parquet", evaluate.table_rows(values, prompts.ids, seeds, identity))
             blank = [json.loads(pieces.path(folder, number, f".{BLANK}").read_text()) for number in range(len(blocks))]
             atomic_write(folder / BLANK, json.dumps(sum(blank, [])))
 
-        pieces.divided(stage, self.processes, name, blocks, lambda: score, join, description, images=len(rows),
-                       flops=flops)
+        pieces.divided(
+            stage, self.processes, name, blocks, lambda: score, join, description, images=len(rows), flops=flops
+        )
         # scores of before there were checkpoints have no step, and nobody looked for images that show nothing
         table = pd.read_parquet(stage.directory / "scores.parquet").assign(step=model.result.step)
         found = stage.directory / BLANK
-        return Scored(table[list(evaluate.COLUMNS)], drawn.directory,
-                      json.loads(found.read_text()) if found.exists() else [])
+        return Scored(
+            table[list(evaluate.COLUMNS)], drawn.directory, json.loads(found.read_text()) if found.exists() else []
+        )
 
 
 @contextmanager
-def timed(stage: Stage, processes: Processes, name: str, earlier: float = 0.0,
-          **counts: int) -> Iterator[Path | None]:
+def timed(stage: Stage, processes: Processes, name: str, earlier: float = 0.0, **counts: int) -> Iterator[Path | None]:
     """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops).
 
     `earlier` are the seconds of a process that was stopped and whose work is gone on with. The main process is given

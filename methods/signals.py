@@ -48,29 +48,64 @@ class Signal:
 
 
 LOSS = Signal("loss", "loss", "the method's own loss; losses of different methods are different things")
-WINNER_ERROR = Signal("winner_error", "winner error",
-                      "the policy's denoising error on preferred images: 1 for a model that answers 0")
+WINNER_ERROR = Signal(
+    "winner_error", "winner error", "the policy's denoising error on preferred images: 1 for a model that answers 0"
+)
 GRAD_NORM = Signal("grad_norm", "gradient norm", "length of the gradient over all trained weights, before clipping")
 EVERY_TRAINING = (LOSS, WINNER_ERROR, GRAD_NORM)
 # columns of history.parquet that no method's signal may be called
-TAKEN = ("method", "iteration", "step", "lr", "pairs_per_s", "images_per_s", "mfu", "peak_memory_gib",
-         *(signal.name for signal in EVERY_TRAINING))
+TAKEN = (
+    "method",
+    "iteration",
+    "step",
+    "lr",
+    "pairs_per_s",
+    "images_per_s",
+    "mfu",
+    "peak_memory_gib",
+    *(signal.name for signal in EVERY_TRAINING),
+)
 
 WINNER_DRIFT = Signal(
-    "winner_drift", "winner error drift", "the policy's error on the winner minus the reference's: below 0 is better",
-    by_timestep=True, start=0.0, verdict="Error drift", fine="the winners are denoised better than by the reference",
-    above=Limit(0.0, "loser_drift", "both errors rise, the loser's more: the gap grows by getting worse at both",
-                "the winners are denoised worse than by the reference"))
-LOSER_DRIFT = Signal("loser_drift", "loser error drift", "the policy's error on the loser minus the reference's",
-                     by_timestep=True, start=0.0)
+    "winner_drift",
+    "winner error drift",
+    "the policy's error on the winner minus the reference's: below 0 is better",
+    by_timestep=True,
+    start=0.0,
+    verdict="Error drift",
+    fine="the winners are denoised better than by the reference",
+    above=Limit(
+        0.0,
+        "loser_drift",
+        "both errors rise, the loser's more: the gap grows by getting worse at both",
+        "the winners are denoised worse than by the reference",
+    ),
+)
+LOSER_DRIFT = Signal(
+    "loser_drift",
+    "loser error drift",
+    "the policy's error on the loser minus the reference's",
+    by_timestep=True,
+    start=0.0,
+)
 IMPLICIT_ACCURACY = Signal(
-    "implicit_accuracy", "implicit accuracy", "share of pairs whose winner the policy prefers, ties half", start=0.5,
-    ceiling=1.0, verdict="Competition too easy or too hard",
+    "implicit_accuracy",
+    "implicit accuracy",
+    "share of pairs whose winner the policy prefers, ties half",
+    start=0.5,
+    ceiling=1.0,
+    verdict="Competition too easy or too hard",
     fine="winners and losers are told apart, and not yet always",
     below=Limit(0.55, 0.5, *["too hard: the policy can hardly tell winners from losers"] * 2),
-    above=Limit(0.9, 0.97, *["too easy: the losers no longer teach anything"] * 2))
-LOGIT = Signal("logit", "logit", "what the logistic function turns into the probability that the winner wins",
-               spread=True, start=0.0)
+    above=Limit(0.9, 0.97, *["too easy: the losers no longer teach anything"] * 2),
+)
+LOGIT = Signal(
+    "logit",
+    "logit",
+    "what the logistic function turns into the probability that the winner wins",
+    spread=True,
+    start=0.0,
+)
 
 # what runs logged before their protocols said so
 UNDECLARED = (IMPLICIT_ACCURACY, LOGIT, WINNER_DRIFT, LOSER_DRIFT, *EVERY_TRAINING)

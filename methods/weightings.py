@@ -44,4 +44,7 @@ def h_squared(facts: Facts) -> Tensor:
 
 
 WEIGHTINGS: dict[Weighting, Callable[[Facts], Tensor]] = {
-    "constant": constant, "min_snr": min_snr, "h_squared": h_squared}
+    "constant": constant,
+    "min_snr": min_snr,
+    "h_squared": h_squared,
+}

@@ -45,8 +45,9 @@ class Aesthetic(Metric):
         self.batch_size = batch_size
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64,
-             backbone: str | None = None) -> Aesthetic:
+    def load(
+        cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64, backbone: str | None = None
+    ) -> Aesthetic:
         """Load a head (`.pth` or `.safetensors` in LAION's layout) and the CLIP it belongs to.
 
         backbone: the CLIP checkpoint; by default the miniature's for "mini", else OpenAI's ViT-L/14.
@@ -60,8 +61,10 @@ class Aesthetic(Metric):
         clip = ClipBackbone.load(encoder, "clip", device, BACKBONE, OPEN_CLIP, architecture=VIT_L_14)
         expected, given = head[0].in_features, clip.model.config.projection_dim
         if expected != given:
-            raise BenchError(f"the aesthetic head '{weights}' reads embeddings of {expected} numbers, "
-                             f"but the CLIP '{encoder}' makes {given}")
+            raise BenchError(
+                f"the aesthetic head '{weights}' reads embeddings of {expected} numbers, "
+                f"but the CLIP '{encoder}' makes {given}"
+            )
         name = weights if weights == "mini" else source.name
         return cls(clip, head, f"{name} ({checkpoint_digest(source)})", batch_size)
 
@@ -143,8 +146,11 @@ def build_head(state: dict[str, Tensor]) -> nn.Sequential:
 
 def head_sizes(state: dict[str, Tensor]) -> list[int]:
     """Width of the input and of every layer of such a state dict; [0] when it has no layers."""
-    weights = {int(match[1]): value for key, value in state.items()
-               if (match := re.fullmatch(r"layers\.(\d+)\.weight", key)) and value.ndim == 2}
+    weights = {
+        int(match[1]): value
+        for key, value in state.items()
+        if (match := re.fullmatch(r"layers\.(\d+)\.weight", key)) and value.ndim == 2
+    }
     order = [weights[index] for index in sorted(weights)]
     return [order[0].shape[1], *(weight.shape[0] for weight in order)] if order else [0]
 

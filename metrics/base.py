@@ -23,8 +23,17 @@ from bench.mini import MINI_WEIGHTS
 from bench.runtime.hub import is_hub_id
 from bench.storage.digests import content_digest
 
-SETTINGS_FILES = ("config.json", "open_clip_config.json", "med_config.json", "preprocessor_config.json",
-                  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
+SETTINGS_FILES = (
+    "config.json",
+    "open_clip_config.json",
+    "med_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
 """What else a checkpoint's folder holds that decides a score."""
 FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 """What tells a missing file from a repository on the hub: both may look like `name/name`."""
@@ -111,13 +120,17 @@ class Metric(ABC):
         by_name = scores if isinstance(scores, dict) else {self.columns[0].name: scores}
         declared = [column.name for column in self.columns]
         if sorted(by_name) != sorted(declared):
-            raise BenchError(f"metric '{self.name}' declares the columns {', '.join(declared)}, but its score gave "
-                             f"{', '.join(map(str, by_name)) if isinstance(scores, dict) else 'one array'}")
+            raise BenchError(
+                f"metric '{self.name}' declares the columns {', '.join(declared)}, but its score gave "
+                f"{', '.join(map(str, by_name)) if isinstance(scores, dict) else 'one array'}"
+            )
         shaped = {name: np.asarray(values, np.float32) for name, values in by_name.items()}
         for name, values in shaped.items():
             if values.shape != (len(prompts),):
-                raise BenchError(f"metric '{self.name}': {name} has shape {list(values.shape)} for {len(prompts)} "
-                                 "images; one number an image is expected")
+                raise BenchError(
+                    f"metric '{self.name}': {name} has shape {list(values.shape)} for {len(prompts)} "
+                    "images; one number an image is expected"
+                )
         return {column.name: shaped[own] for column, own in zip(self.table_columns(), declared, strict=True)}
 
 
@@ -186,7 +199,8 @@ def _from_hub(published: Published, candidates: Sequence[Path]) -> str:
         raise BenchError(
             f"{published.file} ({published.size}) not found: looked at {', '.join(map(str, candidates))}, the "
             f"Hugging Face cache and online; download it from {published.repository} and put it into the folder "
-            f"that BENCH_WEIGHTS names ({cause})") from error
+            f"that BENCH_WEIGHTS names ({cause})"
+        ) from error
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -74,13 +74,17 @@ class Attention(nn.Module):
     def __init__(self, width: int, context_width: int, config: TextConfig):
         super().__init__()
         self.heads = config.num_attention_heads
-        self.self = nn.ModuleDict({"query": nn.Linear(width, width), "key": nn.Linear(context_width, width),
-                                   "value": nn.Linear(context_width, width)})
+        self.self = nn.ModuleDict(
+            {
+                "query": nn.Linear(width, width),
+                "key": nn.Linear(context_width, width),
+                "value": nn.Linear(context_width, width),
+            }
+        )
         self.output = Residual(width, width, config)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        read = attend(self.self["query"](x), self.self["key"](context), self.self["value"](context), self.heads,
-                      mask)
+        read = attend(self.self["query"](x), self.self["key"](context), self.self["value"](context), self.heads, mask)
         return self.output(read, x)
 
 
@@ -117,18 +121,23 @@ class TextEncoder(nn.Module):
     The last layer works for that token alone: no score needs what it would make of the others.
     """
 
-    def __init__(self, vocabulary: int, positions: int, width: int, depth: int, image_width: int, hidden: int,
-                 config: TextConfig):
+    def __init__(
+        self, vocabulary: int, positions: int, width: int, depth: int, image_width: int, hidden: int, config: TextConfig
+    ):
         super().__init__()
-        self.embeddings = nn.ModuleDict({
-            "word_embeddings": nn.Embedding(vocabulary, width),
-            "position_embeddings": nn.Embedding(positions, width),
-            "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps)})
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(
-            TextLayer(width, image_width, hidden, config) for _ in range(depth))})
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(vocabulary, width),
+                "position_embeddings": nn.Embedding(positions, width),
+                "LayerNorm": nn.LayerNorm(width, eps=config.layer_norm_eps),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(TextLayer(width, image_width, hidden, config) for _ in range(depth))}
+        )
 
     def forward(self, tokens: Tensor, mask: Tensor, image: Tensor) -> Tensor:
-        positions = self.embeddings["position_embeddings"].weight[:tokens.shape[1]]
+        positions = self.embeddings["position_embeddings"].weight[: tokens.shape[1]]
         x = self.embeddings["LayerNorm"](self.embeddings["word_embeddings"](tokens) + positions)
         seen = mask.bool()[:, None, None, :]
         *inner, last = self.encoder["layer"]
@@ -139,21 +148,31 @@ class TextEncoder(nn.Module):
 
 def count_layers(state: dict[str, Tensor], prefix: str) -> int:
     """How many numbered parts there are under `prefix`."""
-    return len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
 
 
 def image_encoder(state: dict[str, Tensor], prefix: str) -> ImageEncoder:
     """An unfilled image encoder of the sizes in a state dict."""
     width, _, patch, _ = state[f"{prefix}patch_embed.proj.weight"].shape
-    return ImageEncoder(width, count_layers(state, f"{prefix}blocks."), patch,
-                        state[f"{prefix}pos_embed"].shape[1], len(state[f"{prefix}blocks.0.mlp.fc1.bias"]))
+    return ImageEncoder(
+        width,
+        count_layers(state, f"{prefix}blocks."),
+        patch,
+        state[f"{prefix}pos_embed"].shape[1],
+        len(state[f"{prefix}blocks.0.mlp.fc1.bias"]),
+    )
 
 
 def text_encoder(state: dict[str, Tensor], prefix: str, config: TextConfig) -> TextEncoder:
     """An unfilled text encoder of the sizes in a state dict."""
     vocabulary, width = state[f"{prefix}embeddings.word_embeddings.weight"].shape
     first = f"{prefix}encoder.layer.0."
-    return TextEncoder(vocabulary, len(state[f"{prefix}embeddings.position_embeddings.weight"]), width,
-                       count_layers(state, f"{prefix}encoder.layer."),
-                       state[f"{first}crossattention.self.key.weight"].shape[1],
-                       len(state[f"{first}intermediate.dense.bias"]), config)
+    return TextEncoder(
+        vocabulary,
+        len(state[f"{prefix}embeddings.position_embeddings.weight"]),
+        width,
+        count_layers(state, f"{prefix}encoder.layer."),
+        state[f"{first}crossattention.self.key.weight"].shape[1],
+        len(state[f"{first}intermediate.dense.bias"]),
+        config,
+    )

@@ -27,8 +27,9 @@ class CLIPScore(CosineMetric):
 
     @classmethod
     def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64) -> CLIPScore:
-        backbone = ClipBackbone.load(weights, "clip", device, cls.published.repository, OPEN_CLIP, cls.published,
-                                     cls.architecture)
+        backbone = ClipBackbone.load(
+            weights, "clip", device, cls.published.repository, OPEN_CLIP, cls.published, cls.architecture
+        )
         return cls(backbone, batch_size)
 
 

@@ -20,15 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from bench.errors import BenchError, first_line
 from bench.metrics import open_clip_format
-from bench.metrics.base import (
-    FILE_SUFFIXES,
-    Images,
-    Metric,
-    Published,
-    check_lengths,
-    checkpoint_digest,
-    find_weights,
-)
+from bench.metrics.base import FILE_SUFFIXES, Images, Metric, Published, check_lengths, checkpoint_digest, find_weights
 from bench.metrics.pixels import CLIP_MEAN, CLIP_STD, LongestSide, ShortestSide, Transformers
 from bench.metrics.sharing import even_batches, once, pixel_batches
 from bench.runtime.progress import track
@@ -56,8 +48,15 @@ _loaded: WeakValueDictionary[tuple[str, str, str, Reading], ClipBackbone] = Weak
 class ClipBackbone:
     """A CLIP image and text encoder with its preprocessing; embeddings are L2-normalised fp32 [N, D]."""
 
-    def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil | None,
-                 checkpoint: str, device: str = "cpu", reading: Reading = TRANSFORMERS):
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        processor: CLIPImageProcessorPil | None,
+        checkpoint: str,
+        device: str = "cpu",
+        reading: Reading = TRANSFORMERS,
+    ):
         self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.device = device
@@ -66,14 +65,23 @@ class ClipBackbone:
         self.checkpoint = checkpoint
         mean, std = (processor.image_mean, processor.image_std) if processor else (CLIP_MEAN, CLIP_STD)
         size, mean, std = model.config.vision_config.image_size, tuple(mean), tuple(std)
-        self.pixels = {"transformers": lambda: Transformers(processor),
-                       "open_clip": lambda: ShortestSide(size, mean, std),
-                       "hpsv2": lambda: LongestSide(size, reading.antialias, mean, std)}[reading.style]()
+        self.pixels = {
+            "transformers": lambda: Transformers(processor),
+            "open_clip": lambda: ShortestSide(size, mean, std),
+            "hpsv2": lambda: LongestSide(size, reading.antialias, mean, std),
+        }[reading.style]()
 
     @classmethod
-    def load(cls, weights: str, bundled: str, device: str = "cpu", processor: str | None = None,
-             reading: Reading = TRANSFORMERS, published: Published | None = None,
-             architecture: dict | None = None) -> ClipBackbone:
+    def load(
+        cls,
+        weights: str,
+        bundled: str,
+        device: str = "cpu",
+        processor: str | None = None,
+        reading: Reading = TRANSFORMERS,
+        published: Published | None = None,
+        architecture: dict | None = None,
+    ) -> ClipBackbone:
         """Load a folder or repository in transformers' CLIPModel format, or a file in open_clip's; once.
 
         weights, bundled, published: see `find_weights`.
@@ -109,8 +117,13 @@ class ClipBackbone:
 
     def embed_images(self, images: Images, batch_size: int = 64) -> Tensor:
         """Normalised image embeddings: fp32 [N, D] on the CPU."""
-        return once(self, images, lambda: self._embedded(
-            pixel_batches(images, self.pixels, batch_size, self.device), len(images), "image", self._encode_images))
+        return once(
+            self,
+            images,
+            lambda: self._embedded(
+                pixel_batches(images, self.pixels, batch_size, self.device), len(images), "image", self._encode_images
+            ),
+        )
 
     def embed_texts(self, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Normalised text embeddings: fp32 [N, D] on the CPU; each distinct prompt is encoded once."""
@@ -143,8 +156,13 @@ class ClipBackbone:
         return self.model.get_image_features(pixels).pooler_output
 
     def _encode_texts(self, prompts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer([self._read(prompt) for prompt in prompts], padding=True, truncation=True,
-                                max_length=self.max_tokens, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(
+            [self._read(prompt) for prompt in prompts],
+            padding=True,
+            truncation=True,
+            max_length=self.max_tokens,
+            return_tensors="pt",
+        ).to(self.device)
         return self.model.get_text_features(tokens.input_ids, tokens.attention_mask).pooler_output
 
     @torch.inference_mode()
@@ -194,14 +212,17 @@ def _open(kind: type, source: str, **options):
         opened = kind.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         cause = first_line(error)
-        raise BenchError(f"cannot load a {kind.__name__} from '{source}' (looked on disk, in BENCH_WEIGHTS, "
-                         f"in the Hugging Face cache and online): {cause}") from error
+        raise BenchError(
+            f"cannot load a {kind.__name__} from '{source}' (looked on disk, in BENCH_WEIGHTS, "
+            f"in the Hugging Face cache and online): {cause}"
+        ) from error
     if not options.get("output_loading_info"):
         return opened
     model, report = opened
     # from_pretrained fills absent tensors with random values; a score from those would be worthless.
     faulty = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", [])]))
     if faulty:
-        raise BenchError(f"'{source}' is not a complete CLIP checkpoint: {len(faulty)} tensors missing, "
-                         f"such as {faulty[0]}")
+        raise BenchError(
+            f"'{source}' is not a complete CLIP checkpoint: {len(faulty)} tensors missing, such as {faulty[0]}"
+        )
     return model

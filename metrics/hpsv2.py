@@ -23,14 +23,14 @@ class HPSv2(CosineMetric):
     bundled: ClassVar[str] = "hpsv2/hpsv2.pt"
 
     @classmethod
-    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64,
-             antialias: bool = True) -> HPSv2:
+    def load(cls, weights: str = "mini", device: str = "cpu", batch_size: int = 64, antialias: bool = True) -> HPSv2:
         """Load a checkpoint in open_clip's format (ViT-H-14, or what `open_clip_config.json` beside it says).
 
         antialias: whether the resize antialiases, as torchvision's does since 0.17; see bench.metrics.pixels.
         """
-        backbone = ClipBackbone.load(weights, cls.bundled, device, H14_REPOSITORY, Reading("hpsv2", antialias),
-                                     cls.published)
+        backbone = ClipBackbone.load(
+            weights, cls.bundled, device, H14_REPOSITORY, Reading("hpsv2", antialias), cls.published
+        )
         return cls(backbone, batch_size)
 
 

@@ -52,8 +52,9 @@ class ImageReward(Metric):
     columns = (Column(name, title, order=3, averaged=True),)
     published = Published("THUDM/ImageReward", "ImageReward.pt", "1.8 GB")
 
-    def __init__(self, network: Network, tokenizer: BertTokenizer, checkpoint: str, device: str = "cpu",
-                 batch_size: int = 64):
+    def __init__(
+        self, network: Network, tokenizer: BertTokenizer, checkpoint: str, device: str = "cpu", batch_size: int = 64
+    ):
         self.network = network.eval().requires_grad_(False).to(device)
         self.tokenizer = tokenizer
         self.pixels = ShortestSide(network.blip["visual_encoder"].image_size)
@@ -72,8 +73,9 @@ class ImageReward(Metric):
         network = build(read_checkpoint(path), read_config(path))
         beside = any((path.parent / name).exists() for name in ("vocab.txt", "tokenizer.json"))
         vocabulary = str(path.parent) if beside else find_weights(TOKENIZER, "imagereward")
-        checkpoint = f"{weights if weights == 'mini' else path.name} " \
-                     f"({checkpoint_digest(path, config_path(path), vocabulary)})"
+        checkpoint = (
+            f"{weights if weights == 'mini' else path.name} ({checkpoint_digest(path, config_path(path), vocabulary)})"
+        )
         return cls(network, _open_tokenizer(vocabulary), checkpoint, device, batch_size)
 
     @torch.inference_mode()
@@ -88,8 +90,9 @@ class ImageReward(Metric):
         return np.concatenate(scores)
 
     def _rewards(self, pixels: Tensor, prompts: Sequence[str]) -> np.ndarray:
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS,
-                                return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
         with torch.autocast("cuda", torch.bfloat16, enabled=torch.device(self.device).type == "cuda"):
             image = self.network.blip["visual_encoder"](pixels)
             rewards = self.network(image, tokens.input_ids, tokens.attention_mask)
@@ -130,13 +133,15 @@ def read_config(checkpoint: Path) -> blip.TextConfig:
 
 def build(state: dict[str, Tensor], config: blip.TextConfig) -> Network:
     """The filled network that a state dict in the published format describes; every tensor must find its place."""
-    state = {name: value.float() for name, value in state.items()
-             if name != POSITIONS and not name.startswith(UNUSED)}
+    state = {name: value.float() for name, value in state.items() if name != POSITIONS and not name.startswith(UNUSED)}
     try:
         with torch.device("meta"):  # no time and memory for initial weights that are replaced
             head = {name.removeprefix("mlp."): value for name, value in state.items() if name.startswith("mlp.")}
-            network = Network(blip.image_encoder(state, "blip.visual_encoder."),
-                              blip.text_encoder(state, "blip.text_encoder.", config), head_layers(head_sizes(head)))
+            network = Network(
+                blip.image_encoder(state, "blip.visual_encoder."),
+                blip.text_encoder(state, "blip.text_encoder.", config),
+                head_layers(head_sizes(head)),
+            )
         network.load_state_dict(state, strict=True, assign=True)
     except (KeyError, RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
@@ -149,6 +154,7 @@ def _open_tokenizer(source: str) -> BertTokenizer:
         return BertTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         cause = first_line(error)
-        raise BenchError(f"ImageReward needs the vocabulary of bert-base-uncased (vocab.txt, 0.2 MB): put it beside "
-                         f"ImageReward.pt, or {TOKENIZER} into the folder that BENCH_WEIGHTS names ({cause})"
-                         ) from error
+        raise BenchError(
+            f"ImageReward needs the vocabulary of bert-base-uncased (vocab.txt, 0.2 MB): put it beside "
+            f"ImageReward.pt, or {TOKENIZER} into the folder that BENCH_WEIGHTS names ({cause})"
+        ) from error

@@ -64,9 +64,15 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")
 CLIP_H, CLIP_L14 = "CLIP ViT-H/14", "CLIP ViT-L/14"
 ENCODERS: dict[str, tuple[str, bool]] = {
-    "pickscore": ("PickScore", True), "pickscore_cosine": ("PickScore", True), "hpsv2": ("HPS v2.0", True),
-    "hpsv21": ("HPS v2.1", True), "imagereward": ("ImageReward", True), "aesthetic": (CLIP_L14, False),
-    "aesthetic_v1": (CLIP_L14, False), "clip": (CLIP_H, True), "clip_l14": (CLIP_L14, True),
+    "pickscore": ("PickScore", True),
+    "pickscore_cosine": ("PickScore", True),
+    "hpsv2": ("HPS v2.0", True),
+    "hpsv21": ("HPS v2.1", True),
+    "imagereward": ("ImageReward", True),
+    "aesthetic": (CLIP_L14, False),
+    "aesthetic_v1": (CLIP_L14, False),
+    "clip": (CLIP_H, True),
+    "clip_l14": (CLIP_L14, True),
 }
 """Which model a metric runs, and whether it reads the prompt; metrics with the same model share its pass."""
 
@@ -86,8 +92,13 @@ def needed(metric: type[Metric], weights: str) -> list[Found]:
     """The files behind a metric's `weights`, each looked up as `find_weights` does, short of downloading it."""
     if weights == "mini":
         files = [MINI_WEIGHTS / name for name in MINI_FILES.get(metric.name, ())]
-        return [Found(Published("this repository", path.relative_to(MINI_WEIGHTS).as_posix(), ""),
-                      path if path.is_file() else None) for path in files]
+        return [
+            Found(
+                Published("this repository", path.relative_to(MINI_WEIGHTS).as_posix(), ""),
+                path if path.is_file() else None,
+            )
+            for path in files
+        ]
     official = FILES.get(metric.name) or tuple(filter(None, [metric.published]))
     if weights != "official":
         own = Published(weights, None, "") if is_hub_id(weights) else Published("", weights, "")
@@ -133,6 +144,7 @@ def _cached(item: Published) -> Path | None:
 
 # --- what a score costs ---
 
+
 def cost(names: Iterable[str]) -> Cost:
     """Of these metrics together; a model that several of them use runs once, over the prompt if any asks for it."""
     reads: dict[str, bool] = {}
@@ -140,8 +152,10 @@ def cost(names: Iterable[str]) -> Cost:
         model, text = ENCODERS[name]
         reads[model] = reads.get(model, False) or text
     parts = [(_costs(model), text) for model, text in reads.items()]
-    return Cost(sum(image + (prompt if text else 0) for (image, prompt, _), text in parts),
-                sum(weights for (_, _, weights), _ in parts))
+    return Cost(
+        sum(image + (prompt if text else 0) for (image, prompt, _), text in parts),
+        sum(weights for (_, _, weights), _ in parts),
+    )
 
 
 @lru_cache
@@ -154,8 +168,11 @@ def _costs(model: str) -> tuple[int, int, int]:
         clip = CLIPModel(clip_config(described, end_token=49407))
         size, length = described["vision_cfg"]["image_size"], described["text_cfg"]["context_length"]
         pixels, tokens = torch.empty(1, 3, size, size), torch.zeros(1, length, dtype=torch.long)
-        return (_count(lambda: clip.get_image_features(pixels)), _count(lambda: clip.get_text_features(tokens)),
-                _bytes(clip))
+        return (
+            _count(lambda: clip.get_image_features(pixels)),
+            _count(lambda: clip.get_text_features(tokens)),
+            _bytes(clip),
+        )
 
 
 def _blip_costs() -> tuple[int, int, int]:
@@ -164,8 +181,11 @@ def _blip_costs() -> tuple[int, int, int]:
     text = blip.TextEncoder(30524, 512, 768, 12, image_width=1024, hidden=3072, config=blip.TextConfig(12))
     tokens = torch.zeros(1, imagereward.MAX_TOKENS, dtype=torch.long)
     seen = torch.empty(1, 197, 1024)
-    return (_count(lambda: image(torch.empty(1, 3, 224, 224))),
-            _count(lambda: text(tokens, torch.ones_like(tokens), seen)), _bytes(image) + _bytes(text))
+    return (
+        _count(lambda: image(torch.empty(1, 3, 224, 224))),
+        _count(lambda: text(tokens, torch.ones_like(tokens), seen)),
+        _bytes(image) + _bytes(text),
+    )
 
 
 def _count(call) -> int:

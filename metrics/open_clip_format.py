@@ -21,12 +21,17 @@ from transformers import CLIPConfig, CLIPModel
 from bench.errors import BenchError, first_line
 
 CONFIG_FILE = "open_clip_config.json"
-VIT_H_14 = {"embed_dim": 1024,
-            "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
-            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24}}
-VIT_L_14 = {"embed_dim": 768, "quick_gelu": True,  # OpenAI's; the ones that LAION trained use the exact GELU
-            "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
-            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12}}
+VIT_H_14 = {
+    "embed_dim": 1024,
+    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+}
+VIT_L_14 = {
+    "embed_dim": 768,
+    "quick_gelu": True,  # OpenAI's; the ones that LAION trained use the exact GELU
+    "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
+}
 
 RENAMED = {
     "logit_scale": "logit_scale",
@@ -43,17 +48,49 @@ RENAMED = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
 }
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
-IN_BLOCKS = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-             "attn.out_proj": "self_attn.out_proj"}
+IN_BLOCKS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 NOT_LEARNED = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
 """Entries of some open_clip files that only repeat the architecture."""
 
-LIGATURES = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "ﬄ": "ffl", "ﬅ": "ſt", "ﬆ": "st", "Ĳ": "IJ", "ĳ": "ij",
-             "ŉ": "ʼn", "Ǆ": "DŽ", "ǅ": "Dž", "ǆ": "dž", "Ǉ": "LJ", "ǈ": "Lj", "ǉ": "lj", "Ǌ": "NJ", "ǋ": "Nj",
-             "ǌ": "nj", "Ǳ": "DZ", "ǲ": "Dz", "ǳ": "dz"}
-PLAIN = str.maketrans({**LIGATURES, **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"),
-                       **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'), "\u3000": " "})
+LIGATURES = {
+    "ﬀ": "ff",
+    "ﬁ": "fi",
+    "ﬂ": "fl",
+    "ﬃ": "ffi",
+    "ﬄ": "ffl",
+    "ﬅ": "ſt",
+    "ﬆ": "st",
+    "Ĳ": "IJ",
+    "ĳ": "ij",
+    "ŉ": "ʼn",
+    "Ǆ": "DŽ",
+    "ǅ": "Dž",
+    "ǆ": "dž",
+    "Ǉ": "LJ",
+    "ǈ": "Lj",
+    "ǉ": "lj",
+    "Ǌ": "NJ",
+    "ǋ": "Nj",
+    "ǌ": "nj",
+    "Ǳ": "DZ",
+    "ǲ": "Dz",
+    "ǳ": "dz",
+}
+PLAIN = str.maketrans(
+    {
+        **LIGATURES,
+        **dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f", '"'),
+        "\u3000": " ",
+    }
+)
 FULL_WIDTH = re.compile("[\uff01-\uffef]")
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffb]")
 
@@ -101,17 +138,33 @@ def load_model(checkpoint: Path, described: dict[str, Any], end_token: int) -> C
 def clip_config(described: dict[str, Any], end_token: int) -> CLIPConfig:
     """transformers' name for every number of an open_clip configuration."""
     vision, text = described["vision_cfg"], described["text_cfg"]
-    shared = {"projection_dim": described["embed_dim"], "layer_norm_eps": 1e-5,
-              "hidden_act": "quick_gelu" if described.get("quick_gelu") else "gelu"}
-    return CLIPConfig(projection_dim=described["embed_dim"], vision_config={
-        "hidden_size": vision["width"], "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4)),
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": vision["width"] // vision.get("head_width", 64),
-        "image_size": vision["image_size"], "patch_size": vision["patch_size"], **shared}, text_config={
-        "hidden_size": text["width"], "intermediate_size": 4 * text["width"],
-        "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"],
-        "max_position_embeddings": text.get("context_length", 77), "vocab_size": text.get("vocab_size", 49408),
-        "eos_token_id": end_token, **shared})
+    shared = {
+        "projection_dim": described["embed_dim"],
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "quick_gelu" if described.get("quick_gelu") else "gelu",
+    }
+    return CLIPConfig(
+        projection_dim=described["embed_dim"],
+        vision_config={
+            "hidden_size": vision["width"],
+            "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4)),
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision.get("head_width", 64),
+            "image_size": vision["image_size"],
+            "patch_size": vision["patch_size"],
+            **shared,
+        },
+        text_config={
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "max_position_embeddings": text.get("context_length", 77),
+            "vocab_size": text.get("vocab_size", 49408),
+            "eos_token_id": end_token,
+            **shared,
+        },
+    )
 
 
 def to_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,8 +188,9 @@ def _block(match: re.Match, value: Tensor) -> dict[str, Tensor]:
     visual, index, part, kind = match.groups()
     prefix = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}"
     if part == "attn.in_proj":
-        return {f"{prefix}.self_attn.{name}_proj.{kind}": third
-                for name, third in zip("qkv", value.chunk(3), strict=True)}
+        return {
+            f"{prefix}.self_attn.{name}_proj.{kind}": third for name, third in zip("qkv", value.chunk(3), strict=True)
+        }
     return {f"{prefix}.{IN_BLOCKS.get(part, part)}.{kind}": value}
 
 

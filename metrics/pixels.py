@@ -40,8 +40,9 @@ class Transformers:
     def __call__(self, images: AnyImages) -> Tensor:
         """fp32 [N, 3, S, S]"""
         given = self.processor
-        pixels = given(images=[to_rgb(image) for image in images], do_rescale=False, do_normalize=False,
-                       return_tensors="pt")["pixel_values"].float()  # image by image these two take most of its time
+        pixels = given(
+            images=[to_rgb(image) for image in images], do_rescale=False, do_normalize=False, return_tensors="pt"
+        )["pixel_values"].float()  # image by image these two take most of its time
         pixels = pixels * given.rescale_factor if given.do_rescale else pixels
         return normalised(pixels, given.image_mean, given.image_std) if given.do_normalize else pixels
 
@@ -50,8 +51,10 @@ class Transformers:
         size = ", ".join(f"{name} {value}" for name, value in dict(given.size).items() if value is not None)
         crop = dict(given.crop_size)
         resample = PILImageResampling(given.resample).name.lower()
-        return (f"RGB (alpha dropped), PIL {resample} resize to {size}, "
-                f"centre crop {crop['height']}x{crop['width']}, {_statistics(given.image_mean, given.image_std)}")
+        return (
+            f"RGB (alpha dropped), PIL {resample} resize to {size}, "
+            f"centre crop {crop['height']}x{crop['width']}, {_statistics(given.image_mean, given.image_std)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,10 @@ class ShortestSide:
         return resized.convert("RGB")
 
     def describe(self) -> str:
-        return (f"PIL bicubic resize of the shorter side to {self.size}, centre crop, then RGB (alpha dropped), "
-                f"{_statistics(self.mean, self.std)}")
+        return (
+            f"PIL bicubic resize of the shorter side to {self.size}, centre crop, then RGB (alpha dropped), "
+            f"{_statistics(self.mean, self.std)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,11 @@ class LongestSide:
         return pad(pixels, (left, bars[1] - left, top, bars[0] - top))
 
     def describe(self) -> str:
-        return (f"RGB (alpha dropped), tensor bicubic resize of the longer side to {self.size} "
-                f"{'with' if self.antialias else 'without'} antialiasing, padded with 0, "
-                f"{_statistics(self.mean, self.std)}")
+        return (
+            f"RGB (alpha dropped), tensor bicubic resize of the longer side to {self.size} "
+            f"{'with' if self.antialias else 'without'} antialiasing, padded with 0, "
+            f"{_statistics(self.mean, self.std)}"
+        )
 
 
 def to_tensor(images: Sequence[Image.Image]) -> Tensor:

@@ -45,7 +45,7 @@ def once(kind: Hashable, images: Images, make: Callable[[], T]) -> T:
 def even_batches(items: S, size: int) -> list[S]:
     """`items` in order, in as few batches of at most `size` as hold them, none much smaller than another."""
     count = -(-len(items) // size)
-    return [items[len(items) * index // count:len(items) * (index + 1) // count] for index in range(count)]
+    return [items[len(items) * index // count : len(items) * (index + 1) // count] for index in range(count)]
 
 
 def pixel_batches(images: Images, transform: Callable[[Images], Tensor], size: int, device: str) -> Iterator[Tensor]:

@@ -32,8 +32,26 @@ RESAMPLES = 500
 FEWEST, WORK = 100, 8_000_000  # of many rows there are fewer resamples, about WORK ranked rows in all: their interval
 # is narrow, and 100 place its ends within a sixth of its width
 CHUNK = 1_000_000  # rows ranked at a time: a few tens of MB
-COLUMNS = ["prompt_set", "guidance", "unit", "first", "second", "spearman", "low", "high", "kendall", "n",
-           "n_prompts", "told_apart", "opposed", "opposed_models", "protocol", "first_title", "second_title", "beside"]
+COLUMNS = [
+    "prompt_set",
+    "guidance",
+    "unit",
+    "first",
+    "second",
+    "spearman",
+    "low",
+    "high",
+    "kendall",
+    "n",
+    "n_prompts",
+    "told_apart",
+    "opposed",
+    "opposed_models",
+    "protocol",
+    "first_title",
+    "second_title",
+    "beside",
+]
 NOTE = (
     "Spearman's rank correlation; [low, high]: 95 % interval, bootstrap over prompts, for these models and training "
     "seeds; where less is better, of the negative. Over changes to base: prompt by prompt, all models together. Told "
@@ -42,8 +60,13 @@ NOTE = (
 )
 
 
-def table(runs: Runs, prompt_set: str | None = None, guidance: float | None = None,
-          metrics: Sequence[str] | None = None, protocol: str | None = None) -> pd.DataFrame:
+def table(
+    runs: Runs,
+    prompt_set: str | None = None,
+    guidance: float | None = None,
+    metrics: Sequence[str] | None = None,
+    protocol: str | None = None,
+) -> pd.DataFrame:
     """One row for each setting, unit and pair of metrics (columns: COLUMNS); arguments as `tables.table`'s.
 
     spearman, low, high: rank correlation and its interval. kendall: tau-b. n: images, changes or models compared.
@@ -82,8 +105,11 @@ def _setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], proto
     signs = np.array([column.sign for column in there])
     read = signs * stats.per_prompt(scores, protocol)[..., places]
     values = {"images": _images(scores, places, signs), "changes": _changes(scores, read)}
-    found = [(unit, *row) for unit, (rows, prompts) in values.items()
-             for row in _over_rows(rows, prompts, len(scores.prompts))]
+    found = [
+        (unit, *row)
+        for unit, (rows, prompts) in values.items()
+        for row in _over_rows(rows, prompts, len(scores.prompts))
+    ]
     found += [("models", *row) for row in _over_models(read)]
     names = [column.name for column in there]
     told = _told_apart(runs, group, names, protocol) if len(scores.models) > 1 else {}
@@ -92,12 +118,27 @@ def _setting(runs: Runs, group: tuple[str, float], metrics: Sequence[str], proto
         pair = there[first], there[second]
         apart = told[names[first], names[second]] if unit == "models" and told else (pd.NA, pd.NA, "")
         beside = lead.truth and pair[1] == lead and not pair[0].truth
-        rows.append((*group, unit, names[first], names[second], *estimate, kendall, n, len(scores.prompts), *apart,
-                     protocol, *map(layouts.spoken_name, pair), beside))
+        rows.append(
+            (
+                *group,
+                unit,
+                names[first],
+                names[second],
+                *estimate,
+                kendall,
+                n,
+                len(scores.prompts),
+                *apart,
+                protocol,
+                *map(layouts.spoken_name, pair),
+                beside,
+            )
+        )
     return pd.DataFrame(rows, columns=COLUMNS).astype({"told_apart": "Int64", "opposed": "Int64"})
 
 
 # --- what is compared ---
+
 
 def _images(scores: stats.Scores, places: Sequence[int], signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scores of every image [N, metrics] and the prompt of each [N]; an untrained model counts once."""
@@ -126,6 +167,7 @@ def _known(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 # --- rank correlations ---
 
+
 def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[tuple]:
     """(first, second, spearman, low, high, kendall, n) of each pair of columns of values [N, metrics]."""
     from scipy.stats import kendalltau
@@ -137,9 +179,9 @@ def _over_rows(values: np.ndarray, prompts: np.ndarray, count: int) -> Iterator[
         if len(own) < 3:
             continue
         size = max(1, CHUNK // len(own))
-        replicates = np.concatenate([
-            spearman(own, counts[:, start : start + size][prompts[rows]]) for start in range(0, counts.shape[1], size)
-        ])
+        replicates = np.concatenate(
+            [spearman(own, counts[:, start : start + size][prompts[rows]]) for start in range(0, counts.shape[1], size)]
+        )
         for first, second in pairs:
             kendall = kendalltau(own[:, first], own[:, second]).statistic
             yield first, second, *_interval(replicates[:, first, second]), kendall, len(own)
@@ -218,12 +260,16 @@ def _interval(replicates: np.ndarray) -> stats.Estimate:
 
 # --- models told apart ---
 
-def _told_apart(runs: Runs, group: tuple[str, float], metrics: Sequence[str],
-                protocol: str) -> dict[tuple[str, str], tuple]:
+
+def _told_apart(
+    runs: Runs, group: tuple[str, float], metrics: Sequence[str], protocol: str
+) -> dict[tuple[str, str], tuple]:
     """(pairs of models told apart by both, of those ranked the other way round, which) by pair of metrics."""
     beats = {metric: tables.apart(runs, group, metric, "mean", protocol).beats for metric in metrics}
-    order = {metric: [(better, worse) for worse in runs.models for better in runs.models
-                      if worse in found.get(better, ())] for metric, found in beats.items()}
+    order = {
+        metric: [(better, worse) for worse in runs.models for better in runs.models if worse in found.get(better, ())]
+        for metric, found in beats.items()
+    }
     found = {}
     for first, second in combinations(metrics, 2):
         opposed = [pair for pair in order[first] if pair[::-1] in order[second]]
@@ -234,6 +280,7 @@ def _told_apart(runs: Runs, group: tuple[str, float], metrics: Sequence[str],
 
 # --- layouts ---
 
+
 def render(tidy: pd.DataFrame, format: str = "text") -> str:
     """csv and json as tidy rows; text, md and latex: each metric beside the judge, then all with all."""
     tables.one_of(format, tables.FORMATS, "--format")
@@ -241,8 +288,11 @@ def render(tidy: pd.DataFrame, format: str = "text") -> str:
         return tables.render(tidy, format)
     if tidy.empty:
         return "nothing to compare: agreement needs at least two metrics and three images\n"
-    draw, escaped = {"text": (_text, str), "md": (layouts.markdown, layouts.markdown_text),
-                     "latex": (layouts.latex, layouts.latex_text)}[format]
+    draw, escaped = {
+        "text": (_text, str),
+        "md": (layouts.markdown, layouts.markdown_text),
+        "latex": (layouts.latex, layouts.latex_text),
+    }[format]
     shown = []
     for _, rows in tidy.groupby(["prompt_set", "guidance"], sort=False):
         said = sentence(rows)
@@ -270,30 +320,47 @@ def _blocks(rows: pd.DataFrame, escaped: Callable[[str], str]) -> Iterator[tuple
         square = matrix(rows, unit)
         if len(square):
             titles = titled(rows, square)
-            body = [[title, *(_number(value) for value in line)]
-                    for title, line in zip(titles, square.to_numpy(), strict=True)]
+            body = [
+                [title, *(_number(value) for value in line)]
+                for title, line in zip(titles, square.to_numpy(), strict=True)
+            ]
             yield f"agreement of all with all, {UNIT_TITLES[unit]} · {where}", ["metric", *titles], body
 
 
 def titled(rows: pd.DataFrame, names: Iterable[str]) -> list[str]:
     """What these columns are called where nothing else says whose they are."""
-    known = {**dict(zip(rows["first"], rows["first_title"], strict=True)),
-             **dict(zip(rows["second"], rows["second_title"], strict=True))}
+    known = {
+        **dict(zip(rows["first"], rows["first_title"], strict=True)),
+        **dict(zip(rows["second"], rows["second_title"], strict=True)),
+    }
     return [known[name] for name in names]
 
 
 def caption(rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
-    return " · ".join([f"prompt set {first['prompt_set']}", f"guidance {first['guidance']:g}",
-                       f"{first['n_prompts']} prompts", layouts.PROTOCOLS[first["protocol"]]])
+    return " · ".join(
+        [
+            f"prompt set {first['prompt_set']}",
+            f"guidance {first['guidance']:g}",
+            f"{first['n_prompts']} prompts",
+            layouts.PROTOCOLS[first["protocol"]],
+        ]
+    )
 
 
 def with_judge(rows: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Header and body: each learned metric beside the judge's utility, in every unit, and of how many."""
     beside = _beside_judge(rows)
     counts = {unit: own["n"] for unit, own in beside.groupby("unit")}
-    header = ["metric", *(f"{title}, n {layouts.span(counts[unit])}" if unit in counts else title
-                          for unit, title in UNIT_TITLES.items()), "told apart by both", "opposed"]
+    header = [
+        "metric",
+        *(
+            f"{title}, n {layouts.span(counts[unit])}" if unit in counts else title
+            for unit, title in UNIT_TITLES.items()
+        ),
+        "told apart by both",
+        "opposed",
+    ]
     body = []
     for title, own in beside.groupby("first_title", sort=False):
         by = own.set_index("unit")
@@ -312,8 +379,11 @@ def sentence(rows: pd.DataFrame) -> str:
     """
     said = []
     for unit, own in _beside_judge(rows).dropna(subset="spearman").groupby("unit", sort=False):
-        sides = {"with the judge": own["low"] > 0, "against it": own["high"] < 0,
-                 "neither": (own["low"] <= 0) & (own["high"] >= 0)}
+        sides = {
+            "with the judge": own["low"] > 0,
+            "against it": own["high"] < 0,
+            "neither": (own["low"] <= 0) & (own["high"] >= 0),
+        }
         named = {side: ", ".join(own.loc[there, "first_title"]) for side, there in sides.items()}
         said.append(f"{LEVELS[unit]} " + "; ".join(f"{side}: {names}" for side, names in named.items() if names) + ".")
     return " ".join(said)

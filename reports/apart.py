@@ -69,16 +69,19 @@ class Apart:
         import networkx
 
         unclear = networkx.Graph()
-        unclear.add_edges_from((a, b) for a, b in combinations(self.models, 2)
-                               if b not in self.beats[a] and a not in self.beats[b])
+        unclear.add_edges_from(
+            (a, b) for a, b in combinations(self.models, 2) if b not in self.beats[a] and a not in self.beats[b]
+        )
         groups = [sorted(group, key=order.index) for group in networkx.find_cliques(unclear)]
         return sorted(groups, key=lambda group: [order.index(model) for model in group])
 
 
 def told_apart(settings: Sequence[stats.Scores], metric: str, stat: str, protocol: str) -> list[Apart]:
     """One `Apart` a setting, its pairs corrected over all of `settings`; winrate: first over second, even at 0.5."""
-    every = pd.concat([_pairs(scores, metric, stat, protocol).assign(setting=i) for i, scores in enumerate(settings)],
-                      ignore_index=True)
+    every = pd.concat(
+        [_pairs(scores, metric, stat, protocol).assign(setting=i) for i, scores in enumerate(settings)],
+        ignore_index=True,
+    )
     known = every["p"].notna()
     every.loc[known, "p_holm"] = holm(every.loc[known, "p"])
     clear = (every["p_holm"] < ALPHA) & (every["size"] >= NEGLIGIBLE)

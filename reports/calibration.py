@@ -57,11 +57,18 @@ def simulate(noise: str, prompts: int, seeds: int, ratio: float, count: int, sta
     else:
         low = found.low + effect  # what a shift of the data does to it
     return {
-        "stat": stat, "noise": noise, "prompts": prompts, "seeds": seeds, "ratio": ratio, "data_sets": count,
+        "stat": stat,
+        "noise": noise,
+        "prompts": prompts,
+        "seeds": seeds,
+        "ratio": ratio,
+        "data_sets": count,
         "about": "model" if seeds == 1 and ratio == 0 else "method",
         "coverage": np.mean((found.low <= null) & (null <= found.high)),
-        "false_better": np.mean(found.low > null), "false_worse": np.mean(found.high < null),
-        "effect": effect, "power": np.mean(low > null) if np.isfinite(effect) else np.nan,
+        "false_better": np.mean(found.low > null),
+        "false_worse": np.mean(found.high < null),
+        "effect": effect,
+        "power": np.mean(low > null) if np.isfinite(effect) else np.nan,
     }
 
 
@@ -80,7 +87,8 @@ def told_apart(prompts: int, seeds: int, ratio: float, count: int) -> float:
     for n in _chunks(count):
         methods = [
             ratio / np.sqrt(2 * prompts) * rng.standard_normal((n, seeds, 1))
-            + rng.standard_normal((n, 1, prompts)) / 2 + rng.standard_normal((n, seeds, prompts)) / 2
+            + rng.standard_normal((n, 1, prompts)) / 2
+            + rng.standard_normal((n, seeds, prompts)) / 2
             for _ in range(METHODS)
         ]
         base = np.broadcast_to(rng.standard_normal((n, 1, prompts)) / 2, methods[0].shape)
@@ -114,8 +122,18 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     shown = shown.melt(["stat", "prompts", "seeds", "ratio"], list(names.values()))
     shown["seeds"] = shown["seeds"].astype(str)  # a colour for each, not a scale of them
     grid = seaborn.relplot(
-        shown, x="ratio", y="value", hue="seeds", style="prompts", row="variable", col="stat", kind="line",
-        markers=True, height=2.2, aspect=1.4, palette="colorblind",
+        shown,
+        x="ratio",
+        y="value",
+        hue="seeds",
+        style="prompts",
+        row="variable",
+        col="stat",
+        kind="line",
+        markers=True,
+        height=2.2,
+        aspect=1.4,
+        palette="colorblind",
         facet_kws={"sharey": "row", "margin_titles": True},
     )
     grid.set_titles(row_template="{row_name}", col_template="{col_name}")
@@ -133,8 +151,16 @@ def main() -> None:
         count = DATA_SETS[prompts]
         cells = [(noise, "mean") for noise in NOISE] + [("normal", stat) for stat in stats.STATS[1:]]
         rows += [simulate(noise, prompts, seeds, ratio, count, stat) for noise, stat in cells]
-        pages.append({"stat": "mean", "noise": "normal", "prompts": prompts, "seeds": seeds, "ratio": ratio,
-                      "told_apart": told_apart(prompts, seeds, ratio, count)})
+        pages.append(
+            {
+                "stat": "mean",
+                "noise": "normal",
+                "prompts": prompts,
+                "seeds": seeds,
+                "ratio": ratio,
+                "told_apart": told_apart(prompts, seeds, ratio, count),
+            }
+        )
     keys = ["stat", "noise", "prompts", "seeds", "ratio"]
     table = pd.DataFrame(rows).merge(pd.DataFrame(pages), how="left", on=keys).sort_values(keys)
     table.to_csv(FOLDER / "calibration.csv", index=False, lineterminator="\n", float_format="%.4g")

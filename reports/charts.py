@@ -99,8 +99,10 @@ def distributions(differences: dict[str, np.ndarray], palette: dict[str, str], l
         axes.plot(edges[[0, 4]], [height, height], color=palette[model], linewidth=1.2)
         axes.plot(edges[[1, 3]], [height, height], color=palette[model], linewidth=4, solid_capstyle="butt")
         axes.plot(edges[2], height, "o", color=palette[model], markersize=6)
-        words.append(f"{model}: median {edges[2]:+.3g}, middle 90 % from {edges[0]:+.3g} to {edges[4]:+.3g}, "
-                     f"better on {np.mean(sign * values > 0):.0%}")
+        words.append(
+            f"{model}: median {edges[2]:+.3g}, middle 90 % from {edges[0]:+.3g} to {edges[4]:+.3g}, "
+            f"better on {np.mean(sign * values > 0):.0%}"
+        )
     axes.axvline(0, color=INK, linewidth=1)
     axes.set_yticks(range(len(differences)), list(differences)[::-1])
     axes.set_xlabel(f"{label}: difference to base, prompt by prompt")

@@ -59,8 +59,7 @@ def with_defaults(suite: dict) -> dict:
 def _shared(run: dict) -> dict[str, Any]:
     """What must be equal in every row of a comparison, flattened to dotted keys."""
     rooms = {
-        name: run["suite"].get(name)
-        for name in ("model", "data", "train", "opponent", "evaluation", "metric_options")
+        name: run["suite"].get(name) for name in ("model", "data", "train", "opponent", "evaluation", "metric_options")
     }
     rooms["weights"] = run["protocol"].get("model")
     return {key: value for key, value in _flat(rooms).items() if key not in INCIDENTAL}
@@ -88,8 +87,10 @@ def _defaults(run: dict) -> dict[str, Any]:
 
 def _scorers(run: dict) -> dict[str, dict]:
     """How each metric's numbers came about; how they are called and shown may differ."""
-    return {name: {key: value for key, value in info.items() if key not in DESCRIPTION}
-            for name, info in run["protocol"].get("metrics", {}).items()}
+    return {
+        name: {key: value for key, value in info.items() if key not in DESCRIPTION}
+        for name, info in run["protocol"].get("metrics", {}).items()
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,7 +103,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _differences(keys: list[str], mine: dict, theirs: dict) -> str:
     shown = [
-        f"{key} {str(mine.get(key, 'unset'))[:40]} against {str(theirs.get(key, 'unset'))[:40]}"
-        for key in keys[:2]
+        f"{key} {str(mine.get(key, 'unset'))[:40]} against {str(theirs.get(key, 'unset'))[:40]}" for key in keys[:2]
     ]
     return ", ".join(shown) + (f" and {len(keys) - 2} more" if len(keys) > 2 else "")

@@ -58,8 +58,9 @@ def spoken_name(column: Column) -> str:
 def column_of(rows: pd.DataFrame) -> Column:
     """The column that tidy rows of one metric are of, as far as it matters to a layout."""
     first = rows.iloc[0]
-    return Column(first["metric"], first["title"], first["unit"], bool(first["higher_is_better"]),
-                  truth=bool(first["truth"]))
+    return Column(
+        first["metric"], first["title"], first["unit"], bool(first["higher_is_better"]), truth=bool(first["truth"])
+    )
 
 
 def column_digits(rows: pd.DataFrame) -> int:
@@ -210,9 +211,7 @@ def wrapped(header: list[str], body: list[list[str]], names: int = 1) -> list[st
 
 def text_width(text: str) -> int:
     """Columns a text takes in a terminal (wide characters take two, combining ones none)."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def pad(text: str, width: int) -> str:
@@ -220,9 +219,9 @@ def pad(text: str, width: int) -> str:
 
 
 def _markdown(heading: str, rows: pd.DataFrame) -> str:
-    return markdown(heading, *cells(
-        rows, lambda value, interval, ahead: f"{'**' * ahead}{value}{'**' * ahead} {interval}"
-    ))
+    return markdown(
+        heading, *cells(rows, lambda value, interval, ahead: f"{'**' * ahead}{value}{'**' * ahead} {interval}")
+    )
 
 
 def markdown(heading: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -259,8 +258,10 @@ def latex(heading: str, header: Sequence[str], body: Sequence[Sequence[str]], sa
     """A table environment that needs no package; the first column is escaped, other cells are LaTeX already."""
     drawn = [" & ".join(map(latex_text, header)) + r" \\"]
     drawn += [" & ".join([latex_text(row[0]), *row[1:]]) + r" \\" for row in body]
-    kinds = [r"p{0.75\linewidth}" if any(len(row[column]) > LONG for row in body) else "r"
-             for column in range(1, len(header))]
+    kinds = [
+        r"p{0.75\linewidth}" if any(len(row[column]) > LONG for row in body) else "r"
+        for column in range(1, len(header))
+    ]
     return "\n".join(
         [
             r"\begin{table}",

@@ -59,9 +59,7 @@ class Runs:
     @property
     def groups(self) -> list[tuple[str, float]]:
         """(prompt set, guidance) as the suite orders them."""
-        found = {
-            (str(s), float(g)) for s, g in self.scores[["prompt_set", "guidance"]].drop_duplicates().values
-        }
+        found = {(str(s), float(g)) for s, g in self.scores[["prompt_set", "guidance"]].drop_duplicates().values}
         order = list(self.evaluation.get("prompt_sets", {}))
         return sorted(found, key=lambda g: (order.index(g[0]) if g[0] in order else len(order), g))
 
@@ -94,8 +92,7 @@ class Runs:
             return found[-1]
         options = [*self.models, *(result.method for result in self.models.values())]
         raise UsageError(
-            f"no model '{name}' in these runs{did_you_mean(name, options)}; "
-            f"there are {', '.join(self.models)}"
+            f"no model '{name}' in these runs{did_you_mean(name, options)}; there are {', '.join(self.models)}"
         )
 
 
@@ -235,9 +232,7 @@ def _judge_as_metric(protocol: dict) -> dict:
 
 def _history(folder: Path, seed: int) -> pd.DataFrame:
     path = folder / "history.parquet"
-    history = (
-        pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["method", "iteration", "step"])
-    )
+    history = pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["method", "iteration", "step"])
     return history.assign(run=folder.name, train_seed=seed)
 
 
@@ -262,16 +257,12 @@ def _join(kept: list[dict], problems: list[str]) -> Runs:
         problems,
     )
     runs.models = _labels(runs, [result for run in kept for result in run["results"]])
-    labels = pd.DataFrame(
-        [(*result[:3], label) for label, result in runs.models.items()], columns=[*RESULT, "model"]
-    )
+    labels = pd.DataFrame([(*result[:3], label) for label, result in runs.models.items()], columns=[*RESULT, "model"])
     runs.scores = runs.scores.merge(labels, how="left")
     runs.history = _led_to(runs.history, labels)
     used = set(runs.scores["run"])
     runs.history = (
-        runs.history[runs.history["run"].isin(used)]
-        .drop_duplicates([*RESULT, "train_seed"])
-        .reset_index(drop=True)
+        runs.history[runs.history["run"].isin(used)].drop_duplicates([*RESULT, "train_seed"]).reset_index(drop=True)
     )
     for name in ("run", "model", "method", "prompt_set", "prompt_id", "metric"):
         runs.scores[name] = runs.scores[name].astype("category")
@@ -295,9 +286,7 @@ def _led_to(history: pd.DataFrame, labels: pd.DataFrame) -> pd.DataFrame:
     if history.empty:
         return history.assign(model="")
     rows = history.assign(row=range(len(history)), step=history["step"].astype("int64")).sort_values("step")
-    found = pd.merge_asof(
-        rows, labels.sort_values("step"), on="step", by=["method", "iteration"], direction="forward"
-    )
+    found = pd.merge_asof(rows, labels.sort_values("step"), on="step", by=["method", "iteration"], direction="forward")
     return found.sort_values("row", ignore_index=True).drop(columns="row")
 
 

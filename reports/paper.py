@@ -75,9 +75,7 @@ def available(runs: Runs) -> list[int]:
     return [number for number in TABLES if _missing(runs, number) is None]
 
 
-def build(
-    runs: Runs, number: int, guidance: float | None = None, protocol: str | None = None
-) -> PaperTable:
+def build(runs: Runs, number: int, guidance: float | None = None, protocol: str | None = None) -> PaperTable:
     """One of the paper's tables. guidance: default the suite's highest; protocol: default the paper's best."""
     if number not in TABLES:
         raise UsageError(f"--paper: no table {number}; there are {', '.join(map(str, TABLES))}")
@@ -116,9 +114,7 @@ def _missing(runs: Runs, number: int) -> str | None:
 def _prompt_set(runs: Runs, position: int) -> str | None:
     """The suite's set of that name, else the first, second or third of those that stand for no other one."""
     names = list(dict.fromkeys(name for name, _ in runs.groups))
-    named = {
-        i: next((n for n in names if word in n.casefold()), None) for i, (_, word) in enumerate(SETS)
-    }
+    named = {i: next((n for n in names if word in n.casefold()), None) for i, (_, word) in enumerate(SETS)}
     if named[position]:
         return named[position]
     if any(named.values()):
@@ -186,8 +182,11 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
     chosen_by = "average" if stats.AVERAGE in scores.metrics else layouts.spoken_name(scores.columns[0])
     done = tidy[tidy["n_prompts"] > 0]
     images = len(scores.image_seeds)
-    reading = {"one": "one image a prompt", "mean": f"mean of {images} images a prompt",
-               "best": f"of {images} images a prompt the one with the highest {chosen_by}"}[first["protocol"]]
+    reading = {
+        "one": "one image a prompt",
+        "mean": f"mean of {images} images a prompt",
+        "best": f"of {images} images a prompt the one with the highest {chosen_by}",
+    }[first["protocol"]]
     weights = runs.protocol.get("suite", {}).get("model", {}).get("weights", "unknown")
     prompts = layouts.span(done["n_prompts"]) if len(done) else "no"
     notes = [
@@ -200,8 +199,10 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
         notes.append(f"Not measured: {', '.join(gone)}; {average}.")
     printed = tidy[tidy["published"].notna()]
     if len(printed):
-        notes.append(f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
-                     "Cells without one have no verified published value.")
+        notes.append(
+            f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
+            "Cells without one have no verified published value."
+        )
         derived = printed[printed["published_kind"] != "verbatim"]
         if len(derived):
             notes.append("† derived: " + "; ".join(dict.fromkeys(derived["published_source"])) + ".")
@@ -249,8 +250,9 @@ def render(table: PaperTable, format: str) -> str:
         return table.tidy.to_csv(index=False, lineterminator="\n")
     if format == "json":
         rows = table.tidy.astype(object).where(table.tidy.notna(), None).to_dict("records")
-        return json.dumps({"title": table.title, "notes": table.notes, "rows": rows}, indent=1,
-                          ensure_ascii=False, allow_nan=False)
+        return json.dumps(
+            {"title": table.title, "notes": table.notes, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False
+        )
     return {"text": _text, "md": _markdown, "latex": _latex}[format](table) + "\n"
 
 

@@ -66,9 +66,7 @@ class Gallery:
     train_seeds: dict[str, int]
 
 
-def gallery(
-    runs: Runs, group: tuple[str, float], best: str, amount: Amount = AMOUNTS[0]
-) -> Gallery | None:
+def gallery(runs: Runs, group: tuple[str, float], best: str, amount: Amount = AMOUNTS[0]) -> Gallery | None:
     """Pictures of one setting, None when the runs have none or none are wanted."""
     if not amount.rows:
         return None
@@ -82,11 +80,7 @@ def gallery(
     models = [model for model in runs.models if model in homes]
     folders = {m: picture_folder(runs.folders[homes[m]], group, runs.models[m]) for m in models}
     names = {m: {p.name for p in folder.iterdir()} if folder else set() for m, folder in folders.items()}
-    there = [
-        p
-        for p in sorted(rows["prompt_id"].unique())
-        if any(f"{p}-{seeds[0]}.png" in names[m] for m in models)
-    ]
+    there = [p for p in sorted(rows["prompt_id"].unique()) if any(f"{p}-{seeds[0]}.png" in names[m] for m in models)]
     if not there:
         return None
     values = rows.pivot_table("value", "prompt_id", ["metric", "model"], observed=True)

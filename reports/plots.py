@@ -21,11 +21,7 @@ from bench.reports.load import BASE
 from bench.storage.runs import Result
 
 INK = "#123456"  # stands for the page's text colour until the SVG is written
-HUES = {
-    "sft": "#e69f00",
-    "diffusion_dpo": "#0c86c9",
-    "spin": "#009e73",
-}  # Okabe and Ito, safe for colour blindness
+HUES = {"sft": "#e69f00", "diffusion_dpo": "#0c86c9", "spin": "#009e73"}  # Okabe and Ito, safe for colour blindness
 SPARE = ("#cc79a7", "#d55e00", "#56b4e9", "#999933", "#882255")
 GREY = "#8c8c8c"
 PLAIN = {"text.parse_math": False, "axes.unicode_minus": False}  # labels are text, never formulas
@@ -150,9 +146,7 @@ def training(history: pd.DataFrame, logged: Signal, palette: dict[str, str], mod
 def _style() -> dict[str, Any]:
     import seaborn
 
-    inked = (
-        "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color xtick.labelcolor ytick.labelcolor"
-    )
+    inked = "text.color axes.labelcolor axes.edgecolor xtick.color ytick.color xtick.labelcolor ytick.labelcolor"
     sized = "font.size axes.labelsize xtick.labelsize ytick.labelsize"
     style = {**seaborn.axes_style("ticks"), **seaborn.plotting_context("paper")}
     return {**style, **dict.fromkeys(inked.split(), INK), **dict.fromkeys(sized.split(), 9), **PLAIN}

@@ -39,17 +39,26 @@ class Quotes:
     def comparison(self) -> pd.DataFrame:
         """Rows of mini_comparison.csv, as `bench table --format csv` writes them."""
         return pd.read_csv(self.folder / "mini_comparison.csv", keep_default_na=False, na_values=[""]).fillna(
-            {"against": ""})
+            {"against": ""}
+        )
 
     def table(self, name: str) -> pd.DataFrame:
         """Another CSV of the folder; lines that start with # are its protocol."""
         return pd.read_csv(self.folder / name, comment="#")
 
-    def row(self, model: str, against: str = "", guidance: float = 1, metric: str = LEAD,
-            stat: str = "mean") -> pd.Series:
+    def row(
+        self, model: str, against: str = "", guidance: float = 1, metric: str = LEAD, stat: str = "mean"
+    ) -> pd.Series:
         """One row of the comparison: a model's value, or its paired difference to another, on the test prompts."""
-        return _only("mini_comparison.csv", self.comparison, stat=stat, metric=metric, model=model, against=against,
-                     guidance=guidance)
+        return _only(
+            "mini_comparison.csv",
+            self.comparison,
+            stat=stat,
+            metric=metric,
+            model=model,
+            against=against,
+            guidance=guidance,
+        )
 
     def value(self, model: str, digits: int = 3, **which: Any) -> str:
         """ "0.670": without its interval, for a base or a defect that is told beside others."""
@@ -68,8 +77,12 @@ class Quotes:
     def best(self, guidance: float, metric: str = LEAD) -> str:
         """The model with the highest mean."""
         rows = self.comparison
-        own = rows[(rows["stat"] == "mean") & (rows["against"] == "") & (rows["guidance"] == guidance)
-                   & (rows["metric"] == metric)]
+        own = rows[
+            (rows["stat"] == "mean")
+            & (rows["against"] == "")
+            & (rows["guidance"] == guidance)
+            & (rows["metric"] == metric)
+        ]
         return str(own.loc[own["value"].idxmax(), "model"])
 
     @cached_property
@@ -92,8 +105,16 @@ class Quotes:
 
     def judged(self, quantity: str, first: str, second: str, guidance: float, model: str = "all") -> str:
         """ "0.95 [0.93, 0.96]": Spearman's correlation of two readings of generated images, or of models ("order")."""
-        row = _only("judge.csv", self.table("judge.csv"), quantity=quantity, statistic="spearman", first=first,
-                    second=second, guidance=guidance, model=model)
+        row = _only(
+            "judge.csv",
+            self.table("judge.csv"),
+            quantity=quantity,
+            statistic="spearman",
+            first=first,
+            second=second,
+            guidance=guidance,
+            model=model,
+        )
         interval = "" if pd.isna(row["low"]) else f" [{row['low']:.2f}, {row['high']:.2f}]"
         return f"{row['value']:.2f}{interval}"
 
@@ -116,8 +137,9 @@ def _only(name: str, rows: pd.DataFrame, **which: Any) -> pd.Series:
 
 def render(template: Path, folder: Path = MEASURED) -> str:
     """The text of a template over the files in `folder`; `q` in it is Quotes."""
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                                     keep_trailing_newline=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     return environment.from_string(template.read_text("utf-8")).render(q=Quotes(folder))
 
 
@@ -128,8 +150,9 @@ def texts() -> dict[Path, str]:
         old = target.read_text("utf-8")
         parts = re.split(f"{re.escape(BEGIN)}.*?{re.escape(END)}", old, flags=re.DOTALL)
         if len(parts) != 2:
-            raise BenchError(f"{target} has {len(parts) - 1} places for measured text; one is needed, between {BEGIN} "
-                             f"and {END}")
+            raise BenchError(
+                f"{target} has {len(parts) - 1} places for measured text; one is needed, between {BEGIN} and {END}"
+            )
         found[target] = f"{parts[0]}{BEGIN}\n{render(MEASURED / name)}{END}{parts[1]}"
     return found
 

@@ -103,8 +103,11 @@ def _rival(runs: Runs) -> str | None:
 def _panels(runs: Runs, tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
     """(title, is a judge reading, plot) of all columns but details."""
     parts = [(runs.column(str(metric)), rows) for metric, rows in tidy.groupby("metric", sort=False)]
-    return [(column.title, column.truth, safe(draw(rows, spoken_name(column))))
-            for column, rows in parts if not column.detail]
+    return [
+        (column.title, column.truth, safe(draw(rows, spoken_name(column))))
+        for column, rows in parts
+        if not column.detail
+    ]
 
 
 def _halves(tidy: pd.DataFrame, cells: Any) -> list[Any]:

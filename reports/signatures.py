@@ -72,7 +72,8 @@ def _checks(signals: dict[str, Signal]) -> Sequence[Callable[[pd.DataFrame, str]
     """What is looked at in a training: every signal with limits, then those that also have them by timestep."""
     limited = [signal for signal in signals.values() if signal.below or signal.above]
     return [partial(_limits, signals, signal) for signal in limited] + [
-        partial(_timesteps, signal) for signal in limited if signal.by_timestep and signal.above]
+        partial(_timesteps, signal) for signal in limited if signal.by_timestep and signal.above
+    ]
 
 
 def _limits(signals: dict[str, Signal], signal: Signal, rows: pd.DataFrame, model: str) -> Signature | None:
@@ -142,8 +143,10 @@ def _collapse(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[
         ratio = sum(own[p] for p in both) / sum(base[p] for p in both)
         level = GREEN if ratio >= DIVERSITY[1] else RED if ratio < DIVERSITY[0] else AMBER
         number = f"{ratio:.0%} of the base's diversity"
-        reading = (f"mean distance of pixels between a prompt's pictures, {len(both)} prompts "
-                   f"(green from {DIVERSITY[1]:.0%}, red below {DIVERSITY[0]:.0%})")
+        reading = (
+            f"mean distance of pixels between a prompt's pictures, {len(both)} prompts "
+            f"(green from {DIVERSITY[1]:.0%}, red below {DIVERSITY[0]:.0%})"
+        )
         found.append(Signature(name, model, level, number, reading))
     return found
 

@@ -58,8 +58,9 @@ class Scores:
         return self.columns[self.metrics.index(metric)]
 
 
-def gather(rows: pd.DataFrame, models: Sequence[str], columns: Sequence[Column],
-           image_seeds: Sequence[int] = ()) -> Scores:
+def gather(
+    rows: pd.DataFrame, models: Sequence[str], columns: Sequence[Column], image_seeds: Sequence[int] = ()
+) -> Scores:
     """Long rows (model, train_seed, prompt_id, seed, metric, value), in any order, as an array.
 
     train_seed is NA for untrained models. `columns` describes what the rows may have in metric, in the order of tables.
@@ -92,9 +93,7 @@ def gather(rows: pd.DataFrame, models: Sequence[str], columns: Sequence[Column],
         averages = [_standardised(values[..., of]).mean(axis=-1), values[..., of].mean(axis=-1)]
         values = np.concatenate([values, np.stack(averages, axis=-1)], axis=-1)
         columns += [described.ZSCORE, described.AVERAGE]
-    return Scores(
-        tuple(models), tuple(train_seeds), tuple(prompts), tuple(seeds), tuple(columns), untrained, values
-    )
+    return Scores(tuple(models), tuple(train_seeds), tuple(prompts), tuple(seeds), tuple(columns), untrained, values)
 
 
 def _positions(column: pd.Series, values: Sequence) -> np.ndarray:

@@ -28,17 +28,25 @@ def _block(runs: Runs, verdict: Verdict) -> list[str]:
     """Lines of one setting."""
     group, lead = verdict.group, verdict.metric
     scores, protocol = tables.group_scores(runs, group), tables.default_protocol(runs)
-    shown = [column for column in runs.columns
-             if column in scores.columns and column.name != lead and not (column.truth or column.detail)]
+    shown = [
+        column
+        for column in runs.columns
+        if column in scores.columns and column.name != lead and not (column.truth or column.detail)
+    ]
     others = [column.name for column in shown]
     plain = {name: tables.table(runs, "mean", None, *group, [name], protocol) for name in (lead, *others)}
     gain = tables.table(runs, "mean", BASE, *group, [lead], protocol) if BASE in scores.models else None
-    header = ["model", verdict.title, *(["difference to base"] if gain is not None else []),
-              *(column.heading for column in shown)]
+    header = [
+        "model",
+        verdict.title,
+        *(["difference to base"] if gain is not None else []),
+        *(column.heading for column in shown),
+    ]
     columns = [list(scores.models), _bracketed(plain[lead], scores.models)]
     columns += [_bracketed(gain, scores.models, "+")] if gain is not None else []
-    columns += [_arrowed(plain[name], tables.apart(runs, group, name, "mean", protocol), scores.models)
-                for name in others]
+    columns += [
+        _arrowed(plain[name], tables.apart(runs, group, name, "mean", protocol), scores.models) for name in others
+    ]
     clear = " · ".join(f"{what}: {models}" for what, models in verdict.listing.items())
     lines = layouts.wrapped(header, [list(row) for row in zip(*columns, strict=True)])
     return [" · ".join(layouts.setting(plain[lead])), *lines, *folded(clear)]
@@ -46,9 +54,13 @@ def _block(runs: Runs, verdict: Verdict) -> list[str]:
 
 def _bracketed(rows: pd.DataFrame, models: tuple[str, ...], sign: str = "") -> list[str]:
     places, by = layouts.column_digits(rows), rows.set_index("model")
-    return [f"{layouts.number(by.loc[m, 'value'], places, sign)} "
-            f"{layouts.interval(by.loc[m, 'low'], by.loc[m, 'high'], places, sign)}" if m in by.index else "-"
-            for m in models]
+    return [
+        f"{layouts.number(by.loc[m, 'value'], places, sign)} "
+        f"{layouts.interval(by.loc[m, 'low'], by.loc[m, 'high'], places, sign)}"
+        if m in by.index
+        else "-"
+        for m in models
+    ]
 
 
 def _arrowed(rows: pd.DataFrame, apart: Apart, models: tuple[str, ...]) -> list[str]:
@@ -56,5 +68,9 @@ def _arrowed(rows: pd.DataFrame, apart: Apart, models: tuple[str, ...]) -> list[
     places, values = layouts.column_digits(rows), rows.set_index("model")["value"]
     better = {model for model, beaten in apart.beats.items() if BASE in beaten}
     worse = apart.beats.get(BASE, ())
-    return [layouts.number(values[m], places) + (" ^" if m in better else " v" if m in worse else "")
-            if m in values.index else "-" for m in models]
+    return [
+        layouts.number(values[m], places) + (" ^" if m in better else " v" if m in worse else "")
+        if m in values.index
+        else "-"
+        for m in models
+    ]

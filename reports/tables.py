@@ -69,11 +69,17 @@ def table(
                 continue
             part = stats.compare(scores, metric, stat, against, protocol)
             told = apart(runs, group, metric, stat, protocol)
-            setting.append(part.assign(
-                prompt_set=group[0], guidance=group[1], metric=metric, speaks_of=told.speaks_of,
-                spread=float("nan") if stat == "winrate" else told.spread, ahead=part["model"].isin(told.ahead),
-                **{name: getattr(runs.column(metric), name) for name in DESCRIBED},
-            ))
+            setting.append(
+                part.assign(
+                    prompt_set=group[0],
+                    guidance=group[1],
+                    metric=metric,
+                    speaks_of=told.speaks_of,
+                    spread=float("nan") if stat == "winrate" else told.spread,
+                    ahead=part["model"].isin(told.ahead),
+                    **{name: getattr(runs.column(metric), name) for name in DESCRIBED},
+                )
+            )
         if not setting:
             continue
         rows = pd.concat(setting, ignore_index=True)
@@ -143,9 +149,7 @@ def lead_column(runs: Runs) -> Column:
 def one_of(value: str, options: Sequence[str], what: str) -> None:
     """Refuse what is not among the options, in one line."""
     if value not in options:
-        raise UsageError(
-            f"{what}: unknown '{value}'{did_you_mean(value, options)}; one of {', '.join(options)}"
-        )
+        raise UsageError(f"{what}: unknown '{value}'{did_you_mean(value, options)}; one of {', '.join(options)}")
 
 
 def chosen_groups(runs: Runs, prompt_set: str | None, guidance: float | None) -> list[tuple[str, float]]:
@@ -170,8 +174,9 @@ def chosen_metrics(runs: Runs, metrics: Sequence[str] | None) -> list[str]:
             chosen += several
             continue
         if metric in stats.AVERAGES and not averaged(runs):
-            raise UsageError(f"metrics: {metric} is of at least two of the paper's four scores; "
-                             f"scored were {', '.join(names)}")
+            raise UsageError(
+                f"metrics: {metric} is of at least two of the paper's four scores; scored were {', '.join(names)}"
+            )
         one_of(metric, [*names, *stats.AVERAGES], "metrics")
         chosen.append(metric)
     return list(dict.fromkeys(chosen))

@@ -99,8 +99,16 @@ class Verdict:
 
     def shown(self, estimate: Estimate, sign: str = "") -> str:
         """ "+0.12 [+0.10, +0.14]", with the digits of its width."""
-        rows = pd.DataFrame([{**estimate._asdict(), "spread": self.apart.spread, "against": sign and BASE,
-                              "decimals": self.column.decimals}])
+        rows = pd.DataFrame(
+            [
+                {
+                    **estimate._asdict(),
+                    "spread": self.apart.spread,
+                    "against": sign and BASE,
+                    "decimals": self.column.decimals,
+                }
+            ]
+        )
         places = layouts.column_digits(rows)
         return f"{layouts.number(estimate.value, places, sign)} " + layouts.interval(*estimate[1:], places, sign)
 
@@ -115,9 +123,15 @@ class Verdict:
         """For programs: the above, and every pair with its estimate (first against second) and corrected p."""
         pairs = self.apart.pairs.astype({"n_seeds": int}).astype(object)
         return {
-            "prompt_set": self.group[0], "guidance": self.group[1], "metric": self.metric,
-            "speaks_of": self.speaks_of, "statement": self.statement, "highest_mean": self.best,
-            "above_base": self.above, "below_base": self.below, "not_told_apart": self.alike,
+            "prompt_set": self.group[0],
+            "guidance": self.group[1],
+            "metric": self.metric,
+            "speaks_of": self.speaks_of,
+            "statement": self.statement,
+            "highest_mean": self.best,
+            "above_base": self.above,
+            "below_base": self.below,
+            "not_told_apart": self.alike,
             "pairs": pairs.where(pairs.notna(), None).to_dict("records"),
         }
 
@@ -154,7 +168,7 @@ def headline(found: Sequence[Verdict]) -> str:
     if len(said) > 1:
         text = "; ".join(f"at guidance {' and '.join(scales)} {statement}" for statement, scales in said.items())
     else:
-        (text, scales), = said.items()
+        ((text, scales),) = said.items()
         text = f"at every guidance scale {text}" if len(scales) > 1 else text
     return text if text.startswith(tuple(found[0].order)) else text[0].upper() + text[1:]
 

@@ -42,8 +42,7 @@ def tiny_pipeline() -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="session")
-def tiny_pipeline_folder(tiny_pipeline: StableDiffusionPipeline,
-                         tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_pipeline_folder(tiny_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
     tiny_pipeline.save_pretrained(folder)
     return folder

@@ -205,8 +205,10 @@ def write_run(
         "versions": {"torch": "2.13.0"},
         "git_commit": "0" * 40,
         "created": created,
-        "metrics": {m: {**registry.metric(m).description(), "version": "mini", "scale": "cosine"}
-                    for m in dict.fromkeys(column.partition("/")[0] for column in metrics)},
+        "metrics": {
+            m: {**registry.metric(m).description(), "version": "mini", "scale": "cosine"}
+            for m in dict.fromkeys(column.partition("/")[0] for column in metrics)
+        },
         "prompt_sets": {p: {"source": f"world:{p}", "count": count} for p in prompt_sets},
     }
     (folder / "protocol.json").write_text(json.dumps(protocol))

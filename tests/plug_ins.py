@@ -84,7 +84,7 @@ class DSPO(Method):
         logit = -0.5 * self.beta * ((policy.winner - reference.winner) - (policy.loser - reference.loser))
         c = self.beta * (1 - logit.sigmoid())
         cross = facts.products.reference
-        return (1 - c)**2 * policy.winner + 2 * c * (1 - c) * cross + c**2 * reference.winner, {}
+        return (1 - c) ** 2 * policy.winner + 2 * c * (1 - c) * cross + c**2 * reference.winner, {}
 
     def next_reference(self, base: Weights, previous: Weights) -> Weights:
         return base

@@ -64,7 +64,8 @@ def test_all_methods_leave_a_complete_record(here):
         assert record["prompt_sets"] == {"test": {"source": "world:test", "count": 4, "truncated": 4}}  # of 8 tokens
         assert record["data"]["truncated"] == 12 and record["warnings"] == []
         assert [(result["iteration"], result["step"], result["end"]) for result in record["results"]] == [
-            (k + 1, 2 * (k + 1), True) for k in range(iterations)]
+            (k + 1, 2 * (k + 1), True) for k in range(iterations)
+        ]
         assert record["metrics"]["darkness"]["scale"] == "0 to 255"
         table = pd.read_parquet(run.folder / "scores.parquet")
         models = table[["method", "iteration"]].drop_duplicates().itertuples(index=False, name=None)
@@ -75,10 +76,13 @@ def test_all_methods_leave_a_complete_record(here):
 
 def test_the_protocol_says_what_each_iteration_did_and_what_was_logged(here):
     record = json.loads((run_of("spin").folder / "protocol.json").read_text())
-    assert record["schedule"] == [
-        {"steps": 2, "lr": 1e-3, "checkpoints": [], "beta": 1000.0, "weighting": "constant"}] * 2
+    assert (
+        record["schedule"] == [{"steps": 2, "lr": 1e-3, "checkpoints": [], "beta": 1000.0, "weighting": "constant"}] * 2
+    )
     assert [(option["name"], option.get("default")) for option in record["options"]] == [
-        ("beta", None), ("weighting", "constant")]
+        ("beta", None),
+        ("weighting", "constant"),
+    ]
     logged = pd.read_parquet(run_of("spin").folder / "history.parquet")
     signals = [Signal.read(signal) for signal in record["signals"]]
     assert signals == [*SPIN_CLASS.signals, *EVERY_TRAINING]
@@ -108,7 +112,11 @@ def test_sacred_holds_the_history(here):
     history = pd.read_parquet(run.folder / "history.parquet")
     metrics = json.loads((run.folder / "metrics.json").read_text())
     assert history[["method", "iteration", "step"]].values.tolist() == [
-        ["spin", 1, 1], ["spin", 1, 2], ["spin", 2, 3], ["spin", 2, 4]]
+        ["spin", 1, 1],
+        ["spin", 1, 2],
+        ["spin", 2, 3],
+        ["spin", 2, 4],
+    ]
     assert metrics["loss"]["values"] == pytest.approx(history["loss"])
     assert metrics["loss"]["steps"] == [1, 2, 3, 4]
     assert "training" in (run.folder / "cout.txt").read_text()
@@ -121,13 +129,18 @@ def test_every_iteration_of_self_play_starts_level_with_its_reference(here):
 
 
 def test_cost_counts_what_training_and_self_play_took(here):
-    cost = {method: json.loads((run_of(method).folder / "cost.json").read_text()) for method in
-            ("sft", "diffusion_dpo", "spin")}
+    cost = {
+        method: json.loads((run_of(method).folder / "cost.json").read_text())
+        for method in ("sft", "diffusion_dpo", "spin")
+    }
     assert [cost[method]["pairs_seen"] for method in cost] == [8, 8, 16]
     assert cost["diffusion_dpo"]["train_flops"] / cost["sft"]["train_flops"] == pytest.approx(8 / 3)
     assert cost["spin"]["sample_flops"] > 0 == cost["diffusion_dpo"]["sample_flops"]
     assert [stage["name"] for stage in cost["spin"]["stages"]][:3] == [
-        "iter1/opponent", "iter1/train", "iter1/images/test-g1"]
+        "iter1/opponent",
+        "iter1/train",
+        "iter1/images/test-g1",
+    ]
 
 
 def test_a_checkpoint_loads_in_plain_diffusers(here):
@@ -150,8 +163,18 @@ def test_export_loads_whole_and_tells_protocol_and_scores(here, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cat", num_inference_steps=1).images[0].size == (64, 64)
     card = (tmp_path / "model" / "README.md").read_text()
-    for text in (run.id, "SPIN-Diffusion, iteration 1", "world:test", "guidance 1, 3", "protocol `mean`",
-                 "| base | ", "SPIN-1", "- test at guidance 3: ", "about checkpoints", "One training seed"):
+    for text in (
+        run.id,
+        "SPIN-Diffusion, iteration 1",
+        "world:test",
+        "guidance 1, 3",
+        "protocol `mean`",
+        "| base | ",
+        "SPIN-1",
+        "- test at guidance 3: ",
+        "about checkpoints",
+        "One training seed",
+    ):
         assert text in card
     assert "SPIN-2" not in card
     with pytest.raises(UsageError, match="exists and is not empty"):
@@ -171,13 +194,16 @@ def test_run_ends_with_the_comparison_and_the_page(here, capsys):
     assert models == {"base", "SFT", "Diffusion-DPO", "SPIN-1", "SPIN-2"}
 
 
-@pytest.mark.parametrize(("option", "said"), [
-    ("--seed 1", "another seed: it was started with 0, not 1"),
-    ("--iters 3", "another iterations: it was started with 2, not 3"),
-    ("--method sft", "another method: it was started with spin, not sft"),
-    ("--set train.batch_size=8", "another train.batch_size: it was started with 4, not 8"),
-    ("--suite mini", "another name: it was started with tiny, not mini"),
-])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--seed 1", "another seed: it was started with 0, not 1"),
+        ("--iters 3", "another iterations: it was started with 2, not 3"),
+        ("--method sft", "another method: it was started with spin, not sft"),
+        ("--set train.batch_size=8", "another train.batch_size: it was started with 4, not 8"),
+        ("--suite mini", "another name: it was started with tiny, not mini"),
+    ],
+)
 def test_resume_refuses_other_settings(here, capsys, option, said):
     assert bench(f"run --resume {run_of('spin').id} {option}") == 2
     assert said in capsys.readouterr().err
@@ -214,8 +240,10 @@ def test_a_variant_has_a_column_of_its_own_beside_its_method(elsewhere, capsys):
     """The same settings under another name make the same model; a stronger opponent makes another one."""
     suite = yaml.safe_load(Path("tiny.yaml").read_text())
     spin = suite["methods"]["spin"]
-    suite["methods"] |= {"spin-same": {"method": "spin", **spin},
-                         "spin-g3": {"method": "spin", "opponent": {"guidance": 3.0}, **spin}}
+    suite["methods"] |= {
+        "spin-same": {"method": "spin", **spin},
+        "spin-g3": {"method": "spin", "opponent": {"guidance": 3.0}, **spin},
+    }
     Path("tiny.yaml").write_text(yaml.safe_dump(suite))
     for name in ("spin", "spin-same", "spin-g3"):
         assert bench(f"run --suite tiny.yaml --method {name}") == 0
@@ -223,8 +251,10 @@ def test_a_variant_has_a_column_of_its_own_beside_its_method(elsewhere, capsys):
     assert bench("table --format json") == 0
     rows = pd.DataFrame(json.loads(capsys.readouterr().out))
     assert list(rows["model"].unique()) == ["base", "SPIN-Diffusion", "spin-g3", "spin-same"]
-    values = {name: scores_of(run_of(name).folder).query("method != 'base'")["value"].tolist()
-              for name in ("spin", "spin-same", "spin-g3")}
+    values = {
+        name: scores_of(run_of(name).folder).query("method != 'base'")["value"].tolist()
+        for name in ("spin", "spin-same", "spin-g3")
+    }
     assert values["spin"] == values["spin-same"] != values["spin-g3"]
     record = json.loads((run_of("spin-g3").folder / "protocol.json").read_text())
     assert record["method_title"] == "spin-g3"
@@ -285,8 +315,12 @@ def test_interrupting_says_how_to_go_on_and_going_on_ends_the_same(here, elsewhe
 
 def test_killed_in_every_stage_and_resumed_the_table_is_the_same(here, elsewhere, monkeypatch):
     """kill -9 while opponents are sampled, after training, while images are drawn and while they are scored."""
-    places = [r"/\.opponent2\..*/000001\.json$", r"runs/[^/]+/iter2$", r"g3/\.iter2\..*/000002\.json$",
-              r"/\.scores2-test-g3\..*/000000\.json$"]
+    places = [
+        r"/\.opponent2\..*/000001\.json$",
+        r"runs/[^/]+/iter2$",
+        r"g3/\.iter2\..*/000002\.json$",
+        r"/\.scores2-test-g3\..*/000000\.json$",
+    ]
     done = start(tiny_bench.__file__, *SPIN.split(), TINY_BENCH_KILLED_BEFORE=json.dumps(places))
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places), done.stderr
     run = run_of("spin")
@@ -309,9 +343,18 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
 
     A result inside their second iteration, which the one process did not make, changes nothing.
     """
-    done = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tiny_bench.__file__,
-                 *SPIN.split(), "--set", "methods.spin.iterations=[{steps: 2, lr: 1e-3, beta: 1000.0}, "
-                 "{steps: 2, lr: 1e-3, beta: 1000.0, checkpoints: [1]}]")
+    done = start(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tiny_bench.__file__,
+        *SPIN.split(),
+        "--set",
+        "methods.spin.iterations=[{steps: 2, lr: 1e-3, beta: 1000.0}, "
+        "{steps: 2, lr: 1e-3, beta: 1000.0, checkpoints: [1]}]",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "report.html"
     assert "1 of 2 processes" in done.stderr
@@ -326,8 +369,10 @@ def test_two_processes_make_the_run_that_one_makes(here, elsewhere, monkeypatch)
     alone = run_of("spin").folder
     np.testing.assert_array_equal(losers, np.load(alone / "stages" / "opponent1" / "latents.npy"))
     pd.testing.assert_frame_equal(history, history_of(alone), check_exact=True)
-    weights = {folder: load_file(folder / "iter2/unet/diffusion_pytorch_model.safetensors")
-               for folder in (alone, elsewhere / run.folder)}
+    weights = {
+        folder: load_file(folder / "iter2/unet/diffusion_pytorch_model.safetensors")
+        for folder in (alone, elsewhere / run.folder)
+    }
     ours, theirs = weights.values()
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 1e-7
     expected = pd.read_parquet(alone / "scores.parquet").drop(columns="run")
@@ -344,7 +389,9 @@ def test_results_inside_self_play_are_counted_evaluated_and_exported(elsewhere, 
     scores, record = scores_of(run.folder), json.loads((run.folder / "cost.json").read_text())
     assert scores[["iteration", "step"]].drop_duplicates().values.tolist() == [[0, 0], [1, 1], [1, 2], [2, 3], [2, 4]]
     assert [(entry["name"], entry["pairs"]) for entry in record["checkpoints"]] == [
-        ("iter1@1/train", 4), ("iter2@1/train", 4)]
+        ("iter1@1/train", 4),
+        ("iter2@1/train", 4),
+    ]
     train = {entry["name"]: entry for entry in record["stages"] if entry["name"].endswith("/train")}
     assert set(train) == {"iter1/train", "iter2/train"} and record["pairs_seen"] == 16
     for entry in record["checkpoints"]:

@@ -99,11 +99,12 @@ def test_products_by_hand():
 
     (1 * 2 - 3 * 1) / 2 = -.5,  2 * 4 / 2 = 4;  with r: (1 * 1 + 3 * 1) / 2 = 2,  2 * 3 / 2 = 3.
     """
+
     def latents(*rows: tuple[float, float]) -> Tensor:
         return torch.tensor(rows).view(-1, 1, 1, 2)
 
-    policy = latents((1., 3.), (2., 0.), (2., -1.), (4., 5.)).requires_grad_()
-    reference = latents((1., 1.), (3., 7.), (9., 9.), (9., 9.))
+    policy = latents((1.0, 3.0), (2.0, 0.0), (2.0, -1.0), (4.0, 5.0)).requires_grad_()
+    reference = latents((1.0, 1.0), (3.0, 7.0), (9.0, 9.0), (9.0, 9.0))
     products = inner_products(policy, reference, paired=True)
     assert (products.losers.tolist(), products.reference.tolist()) == ([-0.5, 4], [2, 3])
     assert denoising_errors(policy, paired=True).winner.tolist() == [5, 2]
@@ -175,7 +176,7 @@ def test_products_reach_the_loss_with_the_gradient_of_the_policy(accelerator):
             return super().loss(policy, reference, facts)
 
     go(Spy(), steps=1, micro_batch=6)
-    (policy, reference, found), = seen
+    ((policy, reference, found),) = seen
     assert torch.equal(policy.winner, reference.winner)  # nothing learned yet, so the two predict alike
     torch.testing.assert_close(found.products.reference, reference.winner)
     assert found.products.losers.requires_grad and found.products.reference.requires_grad
@@ -185,15 +186,23 @@ def test_products_reach_the_loss_with_the_gradient_of_the_policy(accelerator):
 
 def test_the_batch_mean_is_that_of_the_global_batch_whatever_the_micro_batch(accelerator):
     """32 pairs in one pass or in four of 8: a mean of each micro-batch's own pairs would make other weights."""
+
     class Local(DiffusionKTO):
         def loss(self, policy, reference, facts):
-            return super().loss(policy, reference, facts._replace(
-                batch_mean=self.statistic(policy, reference, facts._replace(batch_mean=None)).mean().detach()))
+            return super().loss(
+                policy,
+                reference,
+                facts._replace(
+                    batch_mean=self.statistic(policy, reference, facts._replace(batch_mean=None)).mean().detach()
+                ),
+            )
 
     settings = {"batch_size": 32, "steps": 4, "log_every": 1}
     data = make_data(40)
-    whole, parts, local = (go(method(500.0), data, micro_batch=size, **settings)
-                           for method, size in ((DiffusionKTO, 32), (DiffusionKTO, 8), (Local, 8)))
+    whole, parts, local = (
+        go(method(500.0), data, micro_batch=size, **settings)
+        for method, size in ((DiffusionKTO, 32), (DiffusionKTO, 8), (Local, 8))
+    )
     gains = [[row["kl"] for row in history] for _, history in (whole, parts)]
     assert gains[0][0] == 0 and abs(gains[0][3]) > 1e-6
     np.testing.assert_allclose(*gains, rtol=1e-3, atol=1e-8)
@@ -219,11 +228,14 @@ def test_plug_ins_train_in_the_shared_loop(accelerator, method):
     assert {signal.name for signal in method.signals} <= set(history[0])
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda loss, signals: (loss.mean(), signals), r"loss has shape \[\], but one value a sample, \[3\]"),
-    (lambda loss, signals: (loss, {"kll": loss}), r"logs 'kll', which is not among its signals.*mean 'kl'"),
-    (lambda loss, signals: (loss, {"kl": loss[:1]}), r"kl has shape \[1\]"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda loss, signals: (loss.mean(), signals), r"loss has shape \[\], but one value a sample, \[3\]"),
+        (lambda loss, signals: (loss, {"kll": loss}), r"logs 'kll', which is not among its signals.*mean 'kl'"),
+        (lambda loss, signals: (loss, {"kl": loss[:1]}), r"kl has shape \[1\]"),
+    ],
+)
 def test_a_loss_that_breaks_the_contract_is_named(accelerator, change, said):
     class Broken(DiffusionKTO):
         def loss(self, policy, reference, facts):

@@ -25,9 +25,16 @@ def third_party(monkeypatch):
     module.Loud = type("Loud", (SFT,), {"signals": (Signal("grad_norm", "", ""),)})
     monkeypatch.setitem(sys.modules, "other_package", module)
     theirs, missing = "other_package:Theirs", "no_such_package:Thing"
-    points = EntryPoints(EntryPoint(name, value, "bench.methods") for name, value in
-                         (("theirs", theirs), ("broken", missing), ("sft", theirs), ("loud", "other_package:Loud"),
-                          ("hollow", "other_package:Hollow")))
+    points = EntryPoints(
+        EntryPoint(name, value, "bench.methods")
+        for name, value in (
+            ("theirs", theirs),
+            ("broken", missing),
+            ("sft", theirs),
+            ("loud", "other_package:Loud"),
+            ("hollow", "other_package:Hollow"),
+        )
+    )
     monkeypatch.setattr(registry, "entry_points", lambda group: points.select(group=group))
     return module
 
@@ -42,8 +49,7 @@ def test_built_ins_load_under_their_own_names(kind):
 def test_unknown_names_list_what_there_is_and_the_nearest():
     with pytest.raises(UsageError) as caught:
         registry.method("spn")
-    assert str(caught.value) == ("unknown method 'spn' (did you mean 'spin'?); "
-                                 "methods: sft, diffusion_dpo, spin")
+    assert str(caught.value) == ("unknown method 'spn' (did you mean 'spin'?); methods: sft, diffusion_dpo, spin")
 
 
 def test_another_package_adds_a_method(third_party):
@@ -62,22 +68,28 @@ def test_a_broken_plug_in_is_named_when_it_is_used_and_not_before(third_party):
         registry.method("broken")
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("hollow", "other_package.Hollow has no title, pairing, needs_reference"),
-    ("loud", "a signal cannot be called grad_norm: every training logs that"),
-])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hollow", "other_package.Hollow has no title, pairing, needs_reference"),
+        ("loud", "a signal cannot be called grad_norm: every training logs that"),
+    ],
+)
 def test_a_plug_in_that_breaks_the_contract_is_named(third_party, name, said):
     with pytest.raises(BenchError, match=f"method '{name}'.*{said}"):
         registry.method(name)
 
 
-@pytest.mark.parametrize(("attributes", "problem"), [
-    (None, "is no subclass of bench.metrics.base.Metric"),
-    ({"name": "mine"}, "calls itself 'mine'; register it under that name"),
-    ({"name": "theirs", "columns": ()}, r"columns need names of their own, without a slash; it has \[\]"),
-    ({"name": "theirs", "columns": (Column("a", "A"), Column("a", "B"))}, r"it has \['a', 'a'\]"),
-    ({"name": "theirs", "columns": (Column("theirs/a", "A"),)}, r"it has \['theirs/a'\]"),
-])
+@pytest.mark.parametrize(
+    ("attributes", "problem"),
+    [
+        (None, "is no subclass of bench.metrics.base.Metric"),
+        ({"name": "mine"}, "calls itself 'mine'; register it under that name"),
+        ({"name": "theirs", "columns": ()}, r"columns need names of their own, without a slash; it has \[\]"),
+        ({"name": "theirs", "columns": (Column("a", "A"), Column("a", "B"))}, r"it has \['a', 'a'\]"),
+        ({"name": "theirs", "columns": (Column("theirs/a", "A"),)}, r"it has \['theirs/a'\]"),
+    ],
+)
 def test_a_plugged_in_metric_is_checked_when_it_is_loaded(monkeypatch, attributes, problem):
     module = ModuleType("other_package")
     module.Theirs = object if attributes is None else type("Theirs", (Metric,), {"title": "Theirs", **attributes})

@@ -28,14 +28,22 @@ def elsewhere(darkness, tiny_pipeline_folder, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-INSIDE = ("--method sft --set methods.sft.iterations.0.steps=6 --set methods.sft.iterations.0.checkpoints=[2,4] "
-          "--set train.checkpoint_every=3 --set evaluation.guidance=[1.0]")
+INSIDE = (
+    "--method sft --set methods.sft.iterations.0.steps=6 --set methods.sft.iterations.0.checkpoints=[2,4] "
+    "--set train.checkpoint_every=3 --set evaluation.guidance=[1.0]"
+)
 
 
 def test_results_inside_a_training_killed_at_every_place_are_the_undisturbed_ones(elsewhere, capsys):
     """kill -9 before each result, state, image and score of one; then the same in one piece, and without results."""
-    places = [r"/iter1@2$", r"/training1/step3$", r"/iter1@4$", r"/iter1$", r"/\.iter1@2\..*/000001\.json$",
-              r"/\.scores1@4-test-g1\..*/000000\.json$"]
+    places = [
+        r"/iter1@2$",
+        r"/training1/step3$",
+        r"/iter1@4$",
+        r"/iter1$",
+        r"/\.iter1@2\..*/000001\.json$",
+        r"/\.scores1@4-test-g1\..*/000000\.json$",
+    ]
     line = f"run --suite tiny.yaml {INSIDE}"
     done = start(tiny_bench.__file__, *line.split(), TINY_BENCH_KILLED_BEFORE=json.dumps(places))
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places), done.stderr
@@ -80,7 +88,10 @@ def test_images_that_show_nothing_are_counted_in_terminal_protocol_and_tables(el
     run = run_of("sft")
     record = json.loads((run.folder / "protocol.json").read_text())
     assert [warning.partition(":")[0] for warning in record["warnings"]] == [
-        "evaluation.guidance 0.5 is below 1", "base, test, guidance 0.5", "sft 1, seed 0, test, guidance 0.5"]
+        "evaluation.guidance 0.5 is below 1",
+        "base, test, guidance 0.5",
+        "sft 1, seed 0, test, guidance 0.5",
+    ]
     assert record["warnings"][0].startswith(below)
     assert f"note: sft 1, seed 0, test, guidance 0.5: {counted}" in told.out
     assert counted in Path("report.html").read_text()
@@ -98,8 +109,9 @@ def test_scores_of_before_there_were_checkpoints_are_not_made_again(elsewhere, m
         pd.read_parquet(path).drop(columns="step").to_parquet(path)
         (path.parent / "blank.json").unlink()
         marker = path.parent / "stage.json"
-        marker.write_text(json.dumps({name: value for name, value in json.loads(marker.read_text()).items()
-                                      if name != "files"}))
+        marker.write_text(
+            json.dumps({name: value for name, value in json.loads(marker.read_text()).items() if name != "files"})
+        )
     monkeypatch.setattr(Scorers, "score", None)
     Experiment(run, shared).stages(lambda *scalar: None)
     pd.testing.assert_frame_equal(pd.read_parquet(run.folder / "scores.parquet"), before)

@@ -22,10 +22,17 @@ def make_tokenizer() -> CLIPTokenizer:
 
 def make_unet(**changes: object) -> UNet2DConditionModel:
     settings = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16),
-        "layers_per_block": 1, "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "norm_num_groups": 4,
-        "attention_head_dim": 4, "cross_attention_dim": 16}
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 16,
+    }
     return UNet2DConditionModel(**(settings | changes)).eval()
 
 
@@ -35,18 +42,42 @@ def make_pipeline() -> StableDiffusionPipeline:
         torch.manual_seed(0)
         tokenizer = make_tokenizer()
         text = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         vae = AutoencoderKL(
-            sample_size=64, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2,
-            latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4)
+            sample_size=64,
+            block_out_channels=(4, 4, 4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
         scheduler = DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
-            set_alpha_to_one=False, steps_offset=1)
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
         pipe = StableDiffusionPipeline(
-            vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=make_unet(),
-            scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            vae=vae.eval(),
+            text_encoder=CLIPTextModel(text).eval(),
+            tokenizer=tokenizer,
+            unet=make_unet(),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -27,12 +27,20 @@ SUITE = {
     "data": {"pairs": "world", "size": 12, "seed": 1},
     "train": {"batch_size": 4, "micro_batch": 2, "log_every": 1},
     "opponent": {"guidance": 1.0, "steps": 2, "batch_size": 3},
-    "evaluation": {"prompt_sets": {"test": {"prompts": "world:test", "limit": 4}}, "guidance": [1.0, 3.0],
-                   "steps": 2, "seeds": [1, 2], "protocol": "mean", "batch_size": 3},
+    "evaluation": {
+        "prompt_sets": {"test": {"prompts": "world:test", "limit": 4}},
+        "guidance": [1.0, 3.0],
+        "steps": 2,
+        "seeds": [1, 2],
+        "protocol": "mean",
+        "batch_size": 3,
+    },
     "metrics": ["darkness"],
-    "methods": {"sft": {"iterations": [{"steps": 2, "lr": 1e-3}]},
-                "diffusion_dpo": {"iterations": [{"steps": 2, "lr": 1e-3, "beta": 1000.0}]},
-                "spin": {"iterations": [{"steps": 2, "lr": 1e-3, "beta": 1000.0}]}},
+    "methods": {
+        "sft": {"iterations": [{"steps": 2, "lr": 1e-3}]},
+        "diffusion_dpo": {"iterations": [{"steps": 2, "lr": 1e-3, "beta": 1000.0}]},
+        "spin": {"iterations": [{"steps": 2, "lr": 1e-3, "beta": 1000.0}]},
+    },
 }
 
 
@@ -50,8 +58,13 @@ class Darkness(Metric):
         return np.array([255 - np.asarray(image).mean() for image in images], dtype=np.float32)
 
     def info(self) -> dict[str, str]:
-        return {"version": "1", "checkpoint": "none", "scale": "0 to 255", "preprocessing": "none",
-                "truncates": "nothing"}
+        return {
+            "version": "1",
+            "checkpoint": "none",
+            "scale": "0 to 255",
+            "preprocessing": "none",
+            "truncates": "nothing",
+        }
 
 
 class Gloom(Darkness):
@@ -78,8 +91,13 @@ def bench(line: str) -> int:
 
 def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run Python in a process of its own to its end."""
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, env={
-        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment})
+    return subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+    )
 
 
 def run_of(method: str) -> runs.Run:

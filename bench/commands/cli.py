@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from bench.suites import Suite
 
 PAGE = "report.html"
-as_json = click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text",
-                       show_default=True)
+as_json = click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text", show_default=True)
 
 
 class Commands(click.Group):
@@ -35,10 +34,8 @@ class Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple:
         known = self.list_commands(ctx)
         if args and args[0] not in known and not args[0].startswith("-"):
-            raise UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], known)}; "
-                             f"commands: {', '.join(known)}")
+            raise UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], known)}; commands: {', '.join(known)}")
         return super().resolve_command(ctx, args)
-
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,23 +51,51 @@ def cli() -> None:
 
 
 @cli.command()
-@click.option("--method", help="A method of `bench list methods`, or a variant that the suite names; all: every "
-              "one of the suite in turn.")
-@click.option("--iters", type=int, help="How many iterations (default: as many as the suite lists). With "
-              "--method all this is for self-play; the other methods keep what the suite lists.")
+@click.option(
+    "--method",
+    help="A method of `bench list methods`, or a variant that the suite names; all: every one of the suite in turn.",
+)
+@click.option(
+    "--iters",
+    type=int,
+    help="How many iterations (default: as many as the suite lists). With "
+    "--method all this is for self-play; the other methods keep what the suite lists.",
+)
 @click.option("--suite", help="A suite of `bench list suites`, or a YAML file.  [default: mini]")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Seed of training and of the opponent's "
-              "samples; evaluation samples are seeded by the suite.  [default: 0]")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-              help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.")
-@click.option("--resume", metavar="RUN", help="Go on with a run that was interrupted, as it was started; "
-              "with --set metrics=[...] other scorers read the images that are there.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    help="Seed of training and of the opponent's samples; evaluation samples are seeded by the suite.  [default: 0]",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting of the suite, e.g. --set evaluation.steps=10. May be repeated.",
+)
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Go on with a run that was interrupted, as it was started; "
+    "with --set metrics=[...] other scorers read the images that are there.",
+)
 @click.option("--wait", is_flag=True, help="When another process works on the run, wait for it instead of leaving.")
 @click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
 @click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
 @as_json
-def run(method: str | None, iters: int | None, suite: str | None, seed: int | None, settings: tuple[str, ...],
-        resume: str | None, wait: bool, mongo: str | None, sql: str | None, layout: str) -> None:
+def run(
+    method: str | None,
+    iters: int | None,
+    suite: str | None,
+    seed: int | None,
+    settings: tuple[str, ...],
+    resume: str | None,
+    wait: bool,
+    mongo: str | None,
+    sql: str | None,
+    layout: str,
+) -> None:
     """Train, sample, score, and print the comparison so far.
 
     Whatever was cut short goes on with --resume. The last line printed is the path of the page.
@@ -88,8 +113,10 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
         resumed = runs.load(resume)
         wanted = load_suite(suite, settings) if suite else override(resumed.suite, settings)
         asked = {"method": method, "seed": seed, "iterations": iters}
-        runs.refuse_changes(resumed, {name: value for name, value in asked.items() if value is not None}
-                            | {"suite": wanted.model_dump()})
+        runs.refuse_changes(
+            resumed,
+            {name: value for name, value in asked.items() if value is not None} | {"suite": wanted.model_dump()},
+        )
         resumed = runs.rescored(resumed, wanted)
         if processes.index() == 0:
             with runs.held(resumed, wait):  # said before models are loaded and data encoded
@@ -104,8 +131,9 @@ def run(method: str | None, iters: int | None, suite: str | None, seed: int | No
     _compare(finished, layout)
 
 
-def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
-             only_self_play: bool) -> list[dict[str, Any]]:
+def _planned(
+    suite: Suite, methods: Sequence[str], seed: int, iters: int | None, only_self_play: bool
+) -> list[dict[str, Any]]:
     """Settings of the runs to make, checked as far as is possible before anything is loaded."""
     from bench.experiment import planned_iterations
     from bench.methods.base import Pairing
@@ -119,8 +147,9 @@ def _planned(suite: Suite, methods: Sequence[str], seed: int, iters: int | None,
     return plans
 
 
-def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | None,
-             sql: str | None, wait: bool = False) -> list[Run]:
+def _execute(
+    suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | None, sql: str | None, wait: bool = False
+) -> list[Run]:
     """Run one after another; a run's folder is made when its turn comes."""
     from bench.experiment import Interrupted, execute
     from bench.shared import Shared
@@ -131,18 +160,22 @@ def _execute(suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | N
         shared = Shared(suite, methods)
     except KeyboardInterrupt as error:
         again = f"bench run --resume {plans[0].id}" if not isinstance(plans[0], dict) else "the same command"
-        raise Interrupted(f"{failures.stopped(error)} before a run was started; what was encoded is kept, to go on: "
-                          f"{again}") from None
+        raise Interrupted(
+            f"{failures.stopped(error)} before a run was started; what was encoded is kept, to go on: {again}"
+        ) from None
     finished = []
     for position, plan in enumerate(plans):
         current = shared.processes.once(partial(runs.create, **plan)) if isinstance(plan, dict) else plan
         if shared.processes.main:
-            click.echo(f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
-                       f"{suite.name}, seed {current.seed}", err=True)
+            click.echo(
+                f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
+                f"{suite.name}, seed {current.seed}",
+                err=True,
+            )
         try:
             execute(current, shared, mongo, sql, wait)
         except Interrupted as error:
-            left = [later["method"] for later in plans[position + 1:]]
+            left = [later["method"] for later in plans[position + 1 :]]
             raise Interrupted(f"{error}" + (f"; not started: {', '.join(left)}" if left else "")) from None
         finished.append(current)
     shared.processes.end()
@@ -173,10 +206,14 @@ def _compare(finished: list[Run], layout: str) -> None:
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...")
-@click.option("-o", "--output", default=PAGE, show_default=True,
-              type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--max-mb", type=click.FloatRange(min=0, min_open=True), default=20, show_default=True,
-              help="How large the page may be; pictures are made fewer and smaller to keep it so.")
+@click.option("-o", "--output", default=PAGE, show_default=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--max-mb",
+    type=click.FloatRange(min=0, min_open=True),
+    default=20,
+    show_default=True,
+    help="How large the page may be; pictures are made fewer and smaller to keep it so.",
+)
 @as_json
 def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> None:
     """Write one self-contained page about runs (default: all).
@@ -193,21 +230,47 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
 
 @cli.command()
 @click.argument("names", nargs=-1, metavar="[RUN]...")
-@click.option("--paper", type=int, metavar="N", help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its "
-              "layout, published values beside the measured ones.")
-@click.option("--stat", default="mean", show_default=True, help="mean, median, winrate, or agreement: rank "
-              "correlations of the metrics with each other and with the judge, per image, per prompt, per model.")
-@click.option("--against", metavar="MODEL", help="Compare with this model, prompt by prompt: a label of "
-              "the table, or METHOD[:ITERATION][@STEP].  [default for winrate: base]")
+@click.option(
+    "--paper",
+    type=int,
+    metavar="N",
+    help="Table N (1-4, 7-10) of the SPIN-Diffusion paper in its layout, published values beside the measured ones.",
+)
+@click.option(
+    "--stat",
+    default="mean",
+    show_default=True,
+    help="mean, median, winrate, or agreement: rank "
+    "correlations of the metrics with each other and with the judge, per image, per prompt, per model.",
+)
+@click.option(
+    "--against",
+    metavar="MODEL",
+    help="Compare with this model, prompt by prompt: a label of "
+    "the table, or METHOD[:ITERATION][@STEP].  [default for winrate: base]",
+)
 @click.option("--prompt-set", help="Only this prompt set.")
 @click.option("--guidance", type=float, help="Only this guidance scale.")
-@click.option("--metrics", help="Only these, e.g. pickscore,clip; judge, as any metric's name, for all its columns, "
-              "average for the paper's mean of raw scores, average_z for its mean z-score.")
-@click.option("--protocol", help="one, mean or best: how the images of a prompt become one number.  "
-              "[default: the suite's]")
+@click.option(
+    "--metrics",
+    help="Only these, e.g. pickscore,clip; judge, as any metric's name, for all its columns, "
+    "average for the paper's mean of raw scores, average_z for its mean z-score.",
+)
+@click.option(
+    "--protocol", help="one, mean or best: how the images of a prompt become one number.  [default: the suite's]"
+)
 @click.option("--format", "layout", default="text", show_default=True, help="text, csv, md, latex or json.")
-def table(names: tuple[str, ...], paper: int | None, stat: str, against: str | None, prompt_set: str | None,
-          guidance: float | None, metrics: str | None, protocol: str | None, layout: str) -> None:
+def table(
+    names: tuple[str, ...],
+    paper: int | None,
+    stat: str,
+    against: str | None,
+    prompt_set: str | None,
+    guidance: float | None,
+    metrics: str | None,
+    protocol: str | None,
+    layout: str,
+) -> None:
     """Print a table of runs (default: all) with intervals.
 
     Runs are those of results/runs; intervals are 95 %, paired over prompts. Marked is what no model is told apart above
@@ -247,24 +310,49 @@ def _refuse_beside_paper(**given: Any) -> None:
 
 @cli.command()
 @click.argument("images", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path),
-              help="csv, jsonl or parquet with file_name and prompt, or txt with one prompt a line for the images in "
-              "order of their names.  [default: metadata.jsonl or the like in the folder]")
-@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  "
-              "[default: the mini suite's but the judge]")
+@click.option(
+    "--prompts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="csv, jsonl or parquet with file_name and prompt, or txt with one prompt a line for the images in "
+    "order of their names.  [default: metadata.jsonl or the like in the folder]",
+)
+@click.option(
+    "--metrics",
+    help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  [default: the mini suite's but the judge]",
+)
 @click.option("--weights", help="mini or official, for all of them.  [default: mini, with --backend official official]")
-@click.option("--set", "settings", multiple=True, metavar="METRIC.KEY=VALUE",
-              help="A setting of one metric, e.g. --set hpsv2.antialias=false. May be repeated.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="METRIC.KEY=VALUE",
+    help="A setting of one metric, e.g. --set hpsv2.antialias=false. May be repeated.",
+)
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--backend", type=click.Choice(["ours", "official"]), default="ours", show_default=True,
-              help="official: the hpsv2 and image-reward packages themselves beside ours, and the largest difference.")
+@click.option(
+    "--backend",
+    type=click.Choice(["ours", "official"]),
+    default="ours",
+    show_default=True,
+    help="official: the hpsv2 and image-reward packages themselves beside ours, and the largest difference.",
+)
 @click.option("--official-python", metavar="PATH", help="The Python of the environment that has these packages.")
 @click.option("--strict", is_flag=True, help="Fail when an image or a prompt has a problem.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A .parquet or .csv file.")
 @as_json
-def score(images: Path, prompts: Path | None, metrics: str | None, weights: str | None, settings: tuple[str, ...],
-          device: str, backend: str, official_python: str | None, strict: bool, output: Path | None,
-          layout: str) -> None:
+def score(
+    images: Path,
+    prompts: Path | None,
+    metrics: str | None,
+    weights: str | None,
+    settings: tuple[str, ...],
+    device: str,
+    backend: str,
+    official_python: str | None,
+    strict: bool,
+    output: Path | None,
+    layout: str,
+) -> None:
     """Score a folder of images against their prompts.
 
     What is broken is named and left without scores. Scores of before are not computed again.
@@ -286,8 +374,9 @@ def score(images: Path, prompts: Path | None, metrics: str | None, weights: str 
     options = scoring.metric_options(names, weights or ("official" if beside else "mini"), settings)
     if beside:
         official.require(names, official_python)
-    table, protocol = scoring.score_folder(scoring.collect(images, prompts), names, options, device,
-                                           runs.CACHE / "scores.sqlite")
+    table, protocol = scoring.score_folder(
+        scoring.collect(images, prompts), names, options, device, runs.CACHE / "scores.sqlite"
+    )
     if beside:
         protocol["official"] = official.compare(images, table, names, options, device, official_python)
     click.echo(scoring.truncation(protocol), err=True)
@@ -326,8 +415,13 @@ def list_command(kind: str, layout: str) -> None:
 @click.argument("name", metavar="RUN")
 @click.option("--iter", "iteration", type=int, help="Which iteration.  [default: the last]")
 @click.option("--step", type=int, help="Which of its checkpoints, by steps within it.  [default: its end]")
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="A folder that does not exist yet.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="A folder that does not exist yet.",
+)
 def export(name: str, iteration: int | None, step: int | None, output: Path) -> None:
     """Write a trained model as a diffusers pipeline folder.
 
@@ -339,21 +433,39 @@ def export(name: str, iteration: int | None, step: int | None, output: Path) -> 
 
 
 @cli.command()
-@click.option("--model", default="mini", show_default=True,
-              help="mini, a diffusers pipeline folder or a hub id.")
-@click.option("--prompts", required=True,
-              help="A txt, csv, jsonl or parquet file, or a set of `bench list prompts`.")
+@click.option("--model", default="mini", show_default=True, help="mini, a diffusers pipeline folder or a hub id.")
+@click.option("--prompts", required=True, help="A txt, csv, jsonl or parquet file, or a set of `bench list prompts`.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first prompts.")
-@click.option("--guidance", type=click.FloatRange(min=0), default=3.0, show_default=True,
-              help="1 samples the model itself; below 1 leans towards the empty prompt, where diffusers' pipelines "
-              "switch guidance off.")
+@click.option(
+    "--guidance",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    show_default=True,
+    help="1 samples the model itself; below 1 leans towards the empty prompt, where diffusers' pipelines "
+    "switch guidance off.",
+)
 @click.option("--steps", type=click.IntRange(min=1, max=1000), default=20, show_default=True)
-@click.option("--seed", "seeds", type=int, multiple=True, default=[5775709], show_default=True,
-              help="May be repeated: one image a prompt for each.")
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    default=[5775709],
+    show_default=True,
+    help="May be repeated: one image a prompt for each.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path))
-def sample(model: str, prompts: str, limit: int | None, guidance: float, steps: int, seeds: tuple[int, ...],
-           batch_size: int, output: Path) -> None:
+def sample(
+    model: str,
+    prompts: str,
+    limit: int | None,
+    guidance: float,
+    steps: int,
+    seeds: tuple[int, ...],
+    batch_size: int,
+    output: Path,
+) -> None:
     """Sample images for prompts into a folder.
 
     Its prompts.csv says which file belongs to which prompt.

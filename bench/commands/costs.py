@@ -12,15 +12,26 @@ import click
 from bench.errors import BenchError, UsageError
 
 as_json = click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text", show_default=True)
-measured = click.option("--format", "layout", type=click.Choice(["text", "json", "csv"]), default="text",
-                        show_default=True)
-to_file = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
-                       help="Write a .csv or .json file too, with the device and everything else that was measured.")
-repeated = click.option("--repeats", type=click.IntRange(min=2), default=5, show_default=True,
-                        help="Measurements of each, in turn with those of the baseline.")
+measured = click.option(
+    "--format", "layout", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True
+)
+to_file = click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a .csv or .json file too, with the device and everything else that was measured.",
+)
+repeated = click.option(
+    "--repeats",
+    type=click.IntRange(min=2),
+    default=5,
+    show_default=True,
+    help="Measurements of each, in turn with those of the baseline.",
+)
 precise = click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True)
-model = click.option("--model", default="mini", show_default=True,
-                     help="mini, random:sd15, a diffusers pipeline folder or a hub id.")
+model = click.option(
+    "--model", default="mini", show_default=True, help="mini, random:sd15, a diffusers pipeline folder or a hub id."
+)
 
 
 @click.command()
@@ -30,11 +41,24 @@ model = click.option("--model", default="mini", show_default=True,
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for bench run.")
 @click.option("--card", help="What would be used: h100, a100, ...  [default: the one here if it is known, else h100]")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--mfu", type=click.FloatRange(0, 1, min_open=True), default=0.35, show_default=True,
-              help="Which part of the card's peak is expected to be used.")
+@click.option(
+    "--mfu",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.35,
+    show_default=True,
+    help="Which part of the card's peak is expected to be used.",
+)
 @as_json
-def plan(suite: str, method: str, iters: int | None, settings: tuple[str, ...], card: str | None, gpus: int,
-         mfu: float, layout: str) -> None:
+def plan(
+    suite: str,
+    method: str,
+    iters: int | None,
+    settings: tuple[str, ...],
+    card: str | None,
+    gpus: int,
+    mfu: float,
+    layout: str,
+) -> None:
     """Say what a run would cost: FLOPs, GPU-hours, memory, disk.
 
     Nothing is trained, sampled or downloaded but small configuration files.
@@ -69,20 +93,39 @@ def perf() -> None:
 
 @perf.command("train")
 @model
-@click.option("--method", "methods", multiple=True, default=["spin", "sft"], show_default=True,
-              help="May be repeated.")
+@click.option("--method", "methods", multiple=True, default=["spin", "sft"], show_default=True, help="May be repeated.")
 @precise
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True,
-              help="Pairs (SFT: images) per optimizer step, for both.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Pairs (SFT: images) per optimizer step, for both.",
+)
 @click.option("--micro-batch", type=click.IntRange(min=1), help="Of ours.  [default: the batch]")
 @click.option("--baseline-micro-batch", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True,
-              help="Optimizer steps in one measurement; each of ours starts with a new optimizer.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Optimizer steps in one measurement; each of ours starts with a new optimizer.",
+)
 @repeated
 @measured
 @to_file
-def perf_train(model: str, methods: tuple[str, ...], precision: str, batch_size: int, micro_batch: int | None,
-               baseline_micro_batch: int, steps: int, repeats: int, layout: str, output: Path | None) -> None:
+def perf_train(
+    model: str,
+    methods: tuple[str, ...],
+    precision: str,
+    batch_size: int,
+    micro_batch: int | None,
+    baseline_micro_batch: int,
+    steps: int,
+    repeats: int,
+    layout: str,
+    output: Path | None,
+) -> None:
     """Training: beside the published recipe and the FLOP floor.
 
     The recipe runs VAE and text encoder in every step, one pair at a time, without compilation.
@@ -94,8 +137,13 @@ def perf_train(model: str, methods: tuple[str, ...], precision: str, batch_size:
     _check_output(output)
     from bench.perf import train
 
-    _show(train.measure(train.Setting(model, methods, precision, batch_size, micro_batch, baseline_micro_batch, steps,
-                                      repeats)), layout, output)
+    _show(
+        train.measure(
+            train.Setting(model, methods, precision, batch_size, micro_batch, baseline_micro_batch, steps, repeats)
+        ),
+        layout,
+        output,
+    )
 
 
 @perf.command("sample")
@@ -110,19 +158,37 @@ def perf_train(model: str, methods: tuple[str, ...], precision: str, batch_size:
 @repeated
 @measured
 @to_file
-def perf_sample(model: str, prompts: str, images: int, guidance: tuple[float, ...], steps: int, scheduler: str,
-                batch_size: int, precision: str, repeats: int, layout: str, output: Path | None) -> None:
+def perf_sample(
+    model: str,
+    prompts: str,
+    images: int,
+    guidance: tuple[float, ...],
+    steps: int,
+    scheduler: str,
+    batch_size: int,
+    precision: str,
+    repeats: int,
+    layout: str,
+    output: Path | None,
+) -> None:
     """Sampling in batches: beside diffusers, one prompt at a time."""
     _check_output(output)
     from bench.perf import sample
 
-    _show(sample.measure(sample.Setting(model, prompts, images, guidance, steps, scheduler, batch_size, precision,
-                                        repeats)), layout, output)
+    _show(
+        sample.measure(
+            sample.Setting(model, prompts, images, guidance, steps, scheduler, batch_size, precision, repeats)
+        ),
+        layout,
+        output,
+    )
 
 
 @perf.command("score")
-@click.option("--metrics", help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  "
-                                "[default: the mini suite's but the judge]")
+@click.option(
+    "--metrics",
+    help="Metrics of `bench list metrics`, e.g. pickscore,hpsv2.  [default: the mini suite's but the judge]",
+)
 @click.option("--weights", default="mini", show_default=True, help="mini or official, for all of them.")
 @click.option("--set", "settings", multiple=True, metavar="METRIC.KEY=VALUE", help="As for bench score.")
 @click.option("--images", type=click.IntRange(min=1), default=200, show_default=True)
@@ -130,8 +196,16 @@ def perf_sample(model: str, prompts: str, images: int, guidance: tuple[float, ..
 @repeated
 @measured
 @to_file
-def perf_score(metrics: str | None, weights: str, settings: tuple[str, ...], images: int, device: str, repeats: int,
-               layout: str, output: Path | None) -> None:
+def perf_score(
+    metrics: str | None,
+    weights: str,
+    settings: tuple[str, ...],
+    images: int,
+    device: str,
+    repeats: int,
+    layout: str,
+    output: Path | None,
+) -> None:
     """Scoring in batches: beside one image at a time.
 
     One row a scorer, and one for all of them together.
@@ -145,8 +219,11 @@ def perf_score(metrics: str | None, weights: str, settings: tuple[str, ...], ima
     _check_output(output)
     from bench.perf import score
 
-    _show(score.measure(score.Setting(tuple(names), metric_options(names, weights, settings), images, repeats, device)),
-          layout, output)
+    _show(
+        score.measure(score.Setting(tuple(names), metric_options(names, weights, settings), images, repeats, device)),
+        layout,
+        output,
+    )
 
 
 def _check_output(path: Path | None) -> None:

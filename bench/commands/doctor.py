@@ -30,9 +30,15 @@ from bench.runtime.versions import versions
 from bench.suites import Suite
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pandas", "pyarrow", "sacred")
-OPTIONAL = {"nvidia-ml-py": "energy in cost.json", "peft": "LoRA", "bitsandbytes": "8-bit AdamW",
-            "pymongo": "bench run --mongo", "sqlalchemy": "bench run --sql", "hpsv2": "bench score --backend official",
-            "image-reward": "bench score --backend official"}
+OPTIONAL = {
+    "nvidia-ml-py": "energy in cost.json",
+    "peft": "LoRA",
+    "bitsandbytes": "8-bit AdamW",
+    "pymongo": "bench run --mongo",
+    "sqlalchemy": "bench run --sql",
+    "hpsv2": "bench score --backend official",
+    "image-reward": "bench score --backend official",
+}
 PYTHON = 0.7e9  # bytes Python and its libraries take beside the models on a processor
 SD15_SIZES = {"unet": "3.4 GB", "vae": "0.3 GB", "text_encoder": "0.5 GB", "tokenizer": "1 MB", "scheduler": "1 kB"}
 PART_FILES = {"tokenizer": ("tokenizer.json", "vocab.json"), "scheduler": ("scheduler_config.json",)}
@@ -95,10 +101,13 @@ def examine(suite: Suite) -> Diagnosis:
     except BenchError as error:
         notes.append(f"disk and memory were not planned: {error}")
     found = versions((*PACKAGES, *OPTIONAL))
-    optional = {name: f"{found.pop(name)} ({use})" if name in found else f"not installed ({use})"
-                for name, use in OPTIONAL.items()}
-    return Diagnosis(suite.name, {"python": platform.python_version(), **found}, optional, devices(), rooms, files,
-                     notes)
+    optional = {
+        name: f"{found.pop(name)} ({use})" if name in found else f"not installed ({use})"
+        for name, use in OPTIONAL.items()
+    }
+    return Diagnosis(
+        suite.name, {"python": platform.python_version(), **found}, optional, devices(), rooms, files, notes
+    )
 
 
 def devices() -> list[str]:
@@ -107,11 +116,16 @@ def devices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         card = recognise(properties.name)
-        found.append(f"cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB"
-                     + (f", planned as {card}" if card else ", peak not known: no MFU"))
+        found.append(
+            f"cuda:{index} {properties.name}, {properties.total_memory / 1e9:.0f} GB"
+            + (f", planned as {card}" if card else ", peak not known: no MFU")
+        )
     memory = psutil.virtual_memory().total / 1e9
-    return [*found, f"cpu {platform.machine()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads "
-                    f"used, {memory:.0f} GB"]
+    return [
+        *found,
+        f"cpu {platform.machine()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads "
+        f"used, {memory:.0f} GB",
+    ]
 
 
 def _rooms(needs: Plan) -> list[Room]:
@@ -125,6 +139,7 @@ def _rooms(needs: Plan) -> list[Room]:
 
 # --- files ---
 
+
 def model_files(suite: Suite) -> Iterator[File]:
     """Of the pipeline, part by part."""
     weights = suite.model.weights
@@ -133,8 +148,12 @@ def model_files(suite: Suite) -> Iterator[File]:
         return
     root = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
     is_hub = is_hub_id(weights)
-    fix = (f"download {weights} from the hub (huggingface-cli download {weights}), or name a folder with "
-           "--set model.weights=FOLDER" if is_hub else f"expected in {root}")
+    fix = (
+        f"download {weights} from the hub (huggingface-cli download {weights}), or name a folder with "
+        "--set model.weights=FOLDER"
+        if is_hub
+        else f"expected in {root}"
+    )
     for part in models.COMPONENTS:
         names = PART_FILES.get(part, tuple(STEM.get(part, "diffusion_pytorch_model") + end for end in SUFFIXES))
         if is_hub:
@@ -153,8 +172,12 @@ def data_files(suite: Suite) -> Iterator[File]:
     for name, prompts in suite.evaluation.prompt_sets.items():
         kind, colon, source = prompts.prompts.partition(":")
         if kind == "world":
-            yield File(f"prompts {name}", prompts.prompts, "comes with bench",
-                       f"{len(load_prompts(prompts.prompts, prompts.limit))} prompts")
+            yield File(
+                f"prompts {name}",
+                prompts.prompts,
+                "comes with bench",
+                f"{len(load_prompts(prompts.prompts, prompts.limit))} prompts",
+            )
         else:
             published = PUBLISHED[kind].repository if kind in PUBLISHED and not colon else kind
             yield _data(f"prompts {name}", prompts.prompts, source.partition("#")[0] if colon else published)
@@ -188,8 +211,13 @@ def metric_files(suite: Suite) -> Iterator[File]:
             if key in seen:
                 continue
             seen.add(key)
-            yield File(f"metric {name}", item.name, item.path and str(item.path),
-                       size_of(item.path) or item.published.size, _metric_fix(item.published, weights))
+            yield File(
+                f"metric {name}",
+                item.name,
+                item.path and str(item.path),
+                size_of(item.path) or item.published.size,
+                _metric_fix(item.published, weights),
+            )
 
 
 def _metric_fix(item: Published, weights: str) -> str:
@@ -206,8 +234,11 @@ def size_of(path: Path | None) -> str:
     """Of a file, or of all files of a folder; "" where there is none."""
     if path is None or not path.exists():
         return ""
-    size = path.stat().st_size if path.is_file() else sum(
-        file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = (
+        path.stat().st_size
+        if path.is_file()
+        else sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    )
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
             return f"{size / unit:.1f} {name}"
@@ -216,12 +247,22 @@ def size_of(path: Path | None) -> str:
 
 # --- output ---
 
+
 def as_text(found: Diagnosis) -> str:
-    lines = ["versions", *(f"  {name} {version}" for name, version in found.versions.items()), "optional packages",
-             *(f"  {name}: {state}" for name, state in found.optional.items()), "devices",
-             *(f"  {device}" for device in found.devices), f"what suite {found.suite} needs"]
-    lines += [f"  {'ok     ' if room.enough else 'SHORT  '} {room.name}: {room.needed / 1e9:.3g} GB needed, "
-              f"{room.free / 1e9:.3g} GB free" for room in found.rooms]
+    lines = [
+        "versions",
+        *(f"  {name} {version}" for name, version in found.versions.items()),
+        "optional packages",
+        *(f"  {name}: {state}" for name, state in found.optional.items()),
+        "devices",
+        *(f"  {device}" for device in found.devices),
+        f"what suite {found.suite} needs",
+    ]
+    lines += [
+        f"  {'ok     ' if room.enough else 'SHORT  '} {room.name}: {room.needed / 1e9:.3g} GB needed, "
+        f"{room.free / 1e9:.3g} GB free"
+        for room in found.rooms
+    ]
     for file in found.files:
         size = f", {file.size}" if file.size else ""
         state = "found  " if file.where else "MISSING"

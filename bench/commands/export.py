@@ -38,12 +38,15 @@ def export_run(name: str, iteration: int | None, output: Path, step: int | None 
     iteration = ends[-1].iteration if iteration is None else iteration
     inside = [result for result in trained if result.iteration == iteration]
     if not inside:
-        raise UsageError(f"{run.id} has no iteration {iteration}; it has "
-                         f"{', '.join(str(result.iteration) for result in ends)}")
+        raise UsageError(
+            f"{run.id} has no iteration {iteration}; it has {', '.join(str(result.iteration) for result in ends)}"
+        )
     chosen = next((result for result in inside if (result.end if step is None else result.within == step)), None)
     if chosen is None:
-        raise UsageError(f"{run.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
-                         f"{', '.join(str(result.within) for result in inside)}")
+        raise UsageError(
+            f"{run.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
+            f"{', '.join(str(result.within) for result in inside)}"
+        )
     verify.expect_whole(run.folder, verify.result_damage(run.folder, chosen))
     with new_folder(output) as folder:
         pipe = models.load_pipeline(run.suite.model.weights)
@@ -53,22 +56,26 @@ def export_run(name: str, iteration: int | None, output: Path, step: int | None 
     return output
 
 
-def sample_folder(model: str, prompts: PromptSet, output: Path, *, guidance: float, steps: int,
-                  seeds: Sequence[int], batch_size: int) -> None:
+def sample_folder(
+    model: str, prompts: PromptSet, output: Path, *, guidance: float, steps: int, seeds: Sequence[int], batch_size: int
+) -> None:
     """Sample every prompt with every seed into `<prompt_id>-<seed>.png`, listed in prompts.csv."""
     if len(set(seeds)) < len(seeds):
         raise UsageError(f"--seed: a seed given twice makes the same image twice: {', '.join(map(str, seeds))}")
     pipe = models.load_pipeline(model)
     with new_folder(output) as folder:
-        pixels = sample(pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds,
-                        batch_size=batch_size, name=model)
+        pixels = sample(
+            pipe, prompts.prompts, guidance=guidance, steps=steps, seeds=seeds, batch_size=batch_size, name=model
+        )
         paths = evaluate.image_paths(folder, prompts.ids, seeds)
         evaluate.write_images(paths, pixels)
         shown = evaluate.blank(pixels)
         if shown.any():
             texts = [prompt for prompt in prompts.prompts for _ in seeds]
-            click.echo("warning: " + evaluate.blank_warning(model, [texts[row] for row in np.flatnonzero(shown)],
-                                                            len(texts)), err=True)
+            click.echo(
+                "warning: " + evaluate.blank_warning(model, [texts[row] for row in np.flatnonzero(shown)], len(texts)),
+                err=True,
+            )
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["file_name", "prompt"])
@@ -100,36 +107,61 @@ def model_card(run: Run, result: Result) -> str:
     title = f"{run.title}, iteration {iteration}{inside}, suite {run.suite.name}"
     suite = run.suite
     evaluation, opponent, train = suite.evaluation, suite.opponents(run.method), suite.training(run.method)
-    header = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "base_model": suite.model.weights,
-              "tags": ["diffusion-align-bench", run.method]}
+    header = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": suite.model.weights,
+        "tags": ["diffusion-align-bench", run.method],
+    }
     options, settings = suite.resolved(run.method, iteration), suite.schedule(run.method, iteration)
     columns = ["iteration", "steps", "learning rate", *options[0]]
-    schedule = [[k, each.steps, f"{each.lr:g}", *own.values()]
-                for k, (each, own) in enumerate(zip(settings, options, strict=True), 1)]
-    return "\n".join([
-        "---", yaml.safe_dump(header, sort_keys=False).strip(), "---", "", f"# {title}", "",
-        f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}{inside}, in the pipeline it was "
-        "tuned from.",
-        "", "```python", "from diffusers import StableDiffusionPipeline", "",
-        'pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")',
-        f'image = pipe("a prompt", guidance_scale={evaluation.guidance[-1]:g}, '
-        f"num_inference_steps={evaluation.steps}).images[0]", "```", "",
-        "## Training", "",
-        f"- base model: `{suite.model.weights}`",
-        f"- data: {suite.data.size or 'all'} pairs of `{suite.data.pairs}` (seed {suite.data.seed})",
-        f"- training seed {run.seed}",
-        f"- batch of {train.batch_size}, AdamW, weight decay {train.weight_decay:g}, "
-        f"{train.warmup_steps} warm-up steps, gradients clipped at {train.max_grad_norm:g}",
-        f"- opponent (self-play only): {opponent.steps} {opponent.scheduler} steps, guidance "
-        f"{opponent.guidance:g}",
-        "", *(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *schedule)), "",
-        "## Protocol", "",
-        f"- prompts: {', '.join(f'{name} (`{p.prompts}`)' for name, p in evaluation.prompt_sets.items())}",
-        f"- sampling: {evaluation.steps} {evaluation.scheduler} steps, guidance "
-        f"{', '.join(f'{scale:g}' for scale in evaluation.guidance)}, seeds "
-        f"{', '.join(map(str, evaluation.seeds))}, protocol `{evaluation.protocol}`",
-        "", "## Scores", "", scores(run, result), "",
-    ])
+    schedule = [
+        [k, each.steps, f"{each.lr:g}", *own.values()]
+        for k, (each, own) in enumerate(zip(settings, options, strict=True), 1)
+    ]
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(header, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {title}",
+            "",
+            f"The UNet of run `{run.id}`, iteration {iteration} of {run.iterations}{inside}, in the pipeline it was "
+            "tuned from.",
+            "",
+            "```python",
+            "from diffusers import StableDiffusionPipeline",
+            "",
+            'pipe = StableDiffusionPipeline.from_pretrained("path/to/this/folder")',
+            f'image = pipe("a prompt", guidance_scale={evaluation.guidance[-1]:g}, '
+            f"num_inference_steps={evaluation.steps}).images[0]",
+            "```",
+            "",
+            "## Training",
+            "",
+            f"- base model: `{suite.model.weights}`",
+            f"- data: {suite.data.size or 'all'} pairs of `{suite.data.pairs}` (seed {suite.data.seed})",
+            f"- training seed {run.seed}",
+            f"- batch of {train.batch_size}, AdamW, weight decay {train.weight_decay:g}, "
+            f"{train.warmup_steps} warm-up steps, gradients clipped at {train.max_grad_norm:g}",
+            f"- opponent (self-play only): {opponent.steps} {opponent.scheduler} steps, guidance {opponent.guidance:g}",
+            "",
+            *(f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *schedule)),
+            "",
+            "## Protocol",
+            "",
+            f"- prompts: {', '.join(f'{name} (`{p.prompts}`)' for name, p in evaluation.prompt_sets.items())}",
+            f"- sampling: {evaluation.steps} {evaluation.scheduler} steps, guidance "
+            f"{', '.join(f'{scale:g}' for scale in evaluation.guidance)}, seeds "
+            f"{', '.join(map(str, evaluation.seeds))}, protocol `{evaluation.protocol}`",
+            "",
+            "## Scores",
+            "",
+            scores(run, result),
+            "",
+        ]
+    )
 
 
 def scores(run: Run, result: Result) -> str:
@@ -141,6 +173,8 @@ def scores(run: Run, result: Result) -> str:
     loaded = load.load_runs([run.folder])
     kept = {label: model for label, model in loaded.models.items() if model in (runs.BASE, result)}
     beside = replace(loaded, models=kept, scores=loaded.scores[loaded.scores["model"].isin(kept)])
-    clear = [f"- {one.group[0]} at guidance {one.group[1]:g}: {one.statement} ({one.title})"
-             for one in verdict.verdicts(beside)]
+    clear = [
+        f"- {one.group[0]} at guidance {one.group[1]:g}: {one.statement} ({one.title})"
+        for one in verdict.verdicts(beside)
+    ]
     return "\n".join([*map(layouts.markdown_text, clear), "", tables.render(tables.table(beside), "md").strip()])

@@ -12,8 +12,12 @@ from bench.suites import options
 
 def _methods() -> dict[str, str]:
     """Where each comes from, and a line for each of its options: name, type, default, what it is."""
-    return {record["name"]: "\n".join([record["target"], *record.get("problem", "").splitlines(),
-                                       *map(_option, record["options"])]) for record in method_records()}
+    return {
+        record["name"]: "\n".join(
+            [record["target"], *record.get("problem", "").splitlines(), *map(_option, record["options"])]
+        )
+        for record in method_records()
+    }
 
 
 def method_records() -> list[dict[str, Any]]:
@@ -39,8 +43,10 @@ def _prompt_sets() -> dict[str, str]:
     from bench.data.prompts import PUBLISHED, WORLD_SETS
 
     drawn = {f"world:{name}": f"{count} prompts of the drawn world" for name, (count, *_) in WORLD_SETS.items()}
-    return drawn | {name: f"{published.remark}, from the hub ({published.repository}) or {name}:FOLDER"
-                    for name, published in PUBLISHED.items()}
+    return drawn | {
+        name: f"{published.remark}, from the hub ({published.repository}) or {name}:FOLDER"
+        for name, published in PUBLISHED.items()
+    }
 
 
 def _progress(identity: str) -> str:
@@ -51,8 +57,10 @@ def _progress(identity: str) -> str:
         return str(error)
     trained = sum((run.folder / f"iter{k + 1}" / "stage.json").exists() for k in range(run.iterations))
     state = "finished" if runs.finished(run.folder) else "not finished"
-    return (f"{run.method}, suite {run.suite.name}, seed {run.seed}, "
-            f"{trained} of {run.iterations} iteration(s) trained, {state}")
+    return (
+        f"{run.method}, suite {run.suite.name}, seed {run.seed}, "
+        f"{trained} of {run.iterations} iteration(s) trained, {state}"
+    )
 
 
 KINDS = {

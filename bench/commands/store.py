@@ -26,17 +26,31 @@ def verify(names: tuple[str, ...], layout: str) -> None:
     verdicts = {name: verify(folder, [runs.CACHE, runs.RUNS]) for name, folder in folders.items()}
     damaged = sum(len(verdict.damage) for verdict in verdicts.values())
     if layout == "json":
-        click.echo(json.dumps({name: {
-            "stages": verdict.stages, "files": verdict.files, "bytes": verdict.bytes,
-            "damage": [{"path": str(path), "reason": reason} for path, reason in verdict.damage],
-            "unverified": list(map(str, verdict.unverified)),
-            "made_from": {str(stage): list(map(str, others)) for stage, others in verdict.made_from.items()},
-        } for name, verdict in verdicts.items()}, indent=1))
+        click.echo(
+            json.dumps(
+                {
+                    name: {
+                        "stages": verdict.stages,
+                        "files": verdict.files,
+                        "bytes": verdict.bytes,
+                        "damage": [{"path": str(path), "reason": reason} for path, reason in verdict.damage],
+                        "unverified": list(map(str, verdict.unverified)),
+                        "made_from": {
+                            str(stage): list(map(str, others)) for stage, others in verdict.made_from.items()
+                        },
+                    }
+                    for name, verdict in verdicts.items()
+                },
+                indent=1,
+            )
+        )
     else:
         for name, verdict in verdicts.items():
             old = f", {len(verdict.unverified)} unverified (made by a version that kept no hashes)"
-            click.echo(f"{name}: {verdict.stages} stages, {verdict.files} files, {readable(verdict.bytes)}: "
-                       f"{len(verdict.damage)} damaged{old if verdict.unverified else ''}")
+            click.echo(
+                f"{name}: {verdict.stages} stages, {verdict.files} files, {readable(verdict.bytes)}: "
+                f"{len(verdict.damage)} damaged{old if verdict.unverified else ''}"
+            )
             for found in verdict.damage:
                 click.echo(f"  {found}")
             for stage, others in verdict.made_from.items():

@@ -36,8 +36,13 @@ def unet_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], t
     return flops(lambda: twin(sample, torch.zeros(1, device="meta"), encoder_hidden_states=context))
 
 
-def unet_training_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int], tokens: int,
-                        checkpointing: bool = False, lora_rank: int | None = None) -> int:
+def unet_training_flops(
+    unet: UNet2DConditionModel,
+    latent_shape: tuple[int, int, int],
+    tokens: int,
+    checkpointing: bool = False,
+    lora_rank: int | None = None,
+) -> int:
     """A forward and a backward pass of one sample; with gradient checkpointing also what is computed again."""
     twin = _weightless(unet)
     if lora_rank:
@@ -47,8 +52,9 @@ def unet_training_flops(unet: UNet2DConditionModel, latent_shape: tuple[int, int
         twin.train()
     sample = torch.empty(1, *latent_shape, device="meta")
     context = torch.empty(1, tokens, unet.config.cross_attention_dim, device="meta")
-    return flops(lambda: twin(sample, torch.zeros(1, device="meta"), encoder_hidden_states=context)
-                 .sample.sum().backward())
+    return flops(
+        lambda: twin(sample, torch.zeros(1, device="meta"), encoder_hidden_states=context).sample.sum().backward()
+    )
 
 
 def text_flops(encoder: CLIPTextModel, tokens: int) -> int:
@@ -69,8 +75,9 @@ def vae_flops(vae: AutoencoderKL, latent_shape: tuple[int, int, int]) -> tuple[i
     return flops(lambda: twin.encode(image)), flops(lambda: twin.decode(latent))
 
 
-def training_flops(forward: int, samples: int, *, paired: bool, reference: bool, adapter: bool = False,
-                   statistic: bool = False) -> int:
+def training_flops(
+    forward: int, samples: int, *, paired: bool, reference: bool, adapter: bool = False, statistic: bool = False
+) -> int:
     """Training all weights, or an adapter, on `samples` pairs, or single images when not `paired`.
 
     The policy runs forward and backward, the reference forward only. A pair with a reference is

@@ -61,9 +61,20 @@ def parameter_bytes(module: nn.Module, dtype: str = "fp32") -> int:
     return sum(parameter.numel() for parameter in module.parameters()) * DTYPES[dtype].itemsize
 
 
-def training_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int, *, dtype: str,
-                   reference: bool, accumulate: bool, checkpointing: bool = False, optimizer: str = "adamw",
-                   ema: bool = False, lora_rank: int | None = None) -> int:
+def training_bytes(
+    unet: ModelMixin,
+    latent_shape: tuple[int, int, int],
+    tokens: int,
+    rows: int,
+    *,
+    dtype: str,
+    reference: bool,
+    accumulate: bool,
+    checkpointing: bool = False,
+    optimizer: str = "adamw",
+    ema: bool = False,
+    lora_rank: int | None = None,
+) -> int:
     """Peak of one optimizer step: fp32 weights, AdamW's moments, reference, moving average, gradients, activations.
 
     rows: latents in one policy pass, two a pair. accumulate: whether there are several such passes a step, so that
@@ -78,8 +89,7 @@ def training_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens:
         _replace_parameters(twin)  # by fake ones, which peft could not have handled
         trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
         gradients = sum(parameter.nbytes for parameter in trained)
-        fixed = (parameter_bytes(twin) + reference * parameter_bytes(unet)
-                 + int(gradients * (MOMENTS[optimizer] + ema)))
+        fixed = parameter_bytes(twin) + reference * parameter_bytes(unet) + int(gradients * (MOMENTS[optimizer] + ema))
         if checkpointing:
             twin.enable_gradient_checkpointing()
             twin.train()
@@ -142,8 +152,9 @@ def _peak(call: Callable[[], object], known: Iterable[Tensor]) -> int:
     return live.peak
 
 
-def _unet_inputs(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int,
-                 dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _unet_inputs(
+    unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int, rows: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     context = torch.empty(rows, tokens, unet.config.cross_attention_dim, dtype=dtype)
     return torch.empty(rows, *latent_shape, dtype=dtype), torch.zeros(rows), context
 

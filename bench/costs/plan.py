@@ -79,8 +79,9 @@ def plan(suite: Suite, methods: Sequence[str], iters: int | None = None, seed: i
     """Plan the runs `bench run` would make with the same arguments; latents and base samples are made once."""
     maker = Planner(suite, seed)
     # as bench run does: with several methods, the number of iterations asked for is that of self-play
-    schedules = {name: suite.schedule(name, planned_iterations(name, suite, iters, len(methods) > 1))
-                 for name in methods}
+    schedules = {
+        name: suite.schedule(name, planned_iterations(name, suite, iters, len(methods) > 1)) for name in methods
+    }
     stages = [maker.encode(methods)]
     for name, schedule in schedules.items():
         stages += maker.training(name, schedule)
@@ -104,8 +105,10 @@ class Planner:
         return cost.unet_flops(self.models.unet, self.shape, self.tokens)
 
     def forward_and_backward(self, checkpointing: bool, lora_rank: int | None) -> int:
-        return self.once((checkpointing, lora_rank), lambda: cost.unet_training_flops(
-            self.models.unet, self.shape, self.tokens, checkpointing, lora_rank))
+        return self.once(
+            (checkpointing, lora_rank),
+            lambda: cost.unet_training_flops(self.models.unet, self.shape, self.tokens, checkpointing, lora_rank),
+        )
 
     def once(self, key: Hashable, count: Callable[[], int]) -> int:
         """What was counted for this key, counted now if it was not: iterations mostly share their training step."""
@@ -142,8 +145,15 @@ class Planner:
         batch = memory.vae_bytes(self.models.vae, self.shape, min(data.batch_size, self.pairs), self.dtype)[0]
         embedding = self.tokens * self.models.unet.config.cross_attention_dim
         stored = images * int(np.prod(self.shape)) + self.prompts * embedding
-        return StagePlan("encode", images, "images", flops, self.resident + batch,
-                         stored * models.DTYPES[data.precision].itemsize, self.dtype)
+        return StagePlan(
+            "encode",
+            images,
+            "images",
+            flops,
+            self.resident + batch,
+            stored * models.DTYPES[data.precision].itemsize,
+            self.dtype,
+        )
 
     @property
     def pairs(self) -> int:
@@ -160,11 +170,19 @@ class Planner:
         kind, _, source = data.pairs.partition(":")
         if kind == "pickapic" and not Path(source.partition("#")[0]).expanduser().exists():
             pairs = min(data.size or TRAIN_SPLIT[0], TRAIN_SPLIT[0])
-            self.notes.append(f"{data.pairs} is not on this machine: counted as {pairs:,} pairs, as published of v2's "
-                              "train split, less what is left out for broken images")
+            self.notes.append(
+                f"{data.pairs} is not on this machine: counted as {pairs:,} pairs, as published of v2's "
+                "train split, less what is left out for broken images"
+            )
             return pairs, min(pairs, TRAIN_SPLIT[1])
-        source = load_pairs(data.pairs, size=data.size, seed=data.seed, resolution=self.models.pixels[0],
-                            cache=CACHE, deduplicate=data.deduplicate)
+        source = load_pairs(
+            data.pairs,
+            size=data.size,
+            seed=data.seed,
+            resolution=self.models.pixels[0],
+            cache=CACHE,
+            deduplicate=data.deduplicate,
+        )
         return len(source), len(set(source.prompts))
 
     def training(self, name: str, schedule: Sequence[Iteration]) -> list[StagePlan]:
@@ -173,8 +191,16 @@ class Planner:
         for number, iteration in enumerate(schedule, 1):
             if method.pairing is Pairing.SELF_PLAY:
                 stages.append(self.opponent(name, number, first, iteration.steps))
-            stages.append(self.train(name, number, iteration.steps, paired=method.pairing is not Pairing.WINNER,
-                                     reference=method.needs_reference, checkpoints=len(iteration.checkpoints)))
+            stages.append(
+                self.train(
+                    name,
+                    number,
+                    iteration.steps,
+                    paired=method.pairing is not Pairing.WINNER,
+                    reference=method.needs_reference,
+                    checkpoints=len(iteration.checkpoints),
+                )
+            )
             first += iteration.steps
         return stages
 
@@ -185,12 +211,19 @@ class Planner:
         evaluations = solver_evaluations(settings.scheduler, settings.steps)
         flops = cost.sampling_flops(self.forward, 0, pairs, steps=evaluations, guidance=settings.guidance)
         rows = min(settings.batch_size, pairs) * (1 if settings.guidance == 1 else 2)
-        return StagePlan(f"{method} {number}: opponent", pairs, "images", flops,
-                         self.resident + self.unet_weights + self.unet_pass(rows),
-                         pairs * int(np.prod(self.shape)) * FP32, self.dtype)
+        return StagePlan(
+            f"{method} {number}: opponent",
+            pairs,
+            "images",
+            flops,
+            self.resident + self.unet_weights + self.unet_pass(rows),
+            pairs * int(np.prod(self.shape)) * FP32,
+            self.dtype,
+        )
 
-    def train(self, method: str, number: int, steps: int, paired: bool, reference: bool,
-              checkpoints: int = 0) -> StagePlan:
+    def train(
+        self, method: str, number: int, steps: int, paired: bool, reference: bool, checkpoints: int = 0
+    ) -> StagePlan:
         """Policy forward and backward, reference forward; the result and each checkpoint is the UNet in fp32.
 
         A method with a statistic of the batch runs both forward once more.
@@ -206,37 +239,65 @@ class Planner:
         flops = samples * images * (policy + expected + again)
         micro = min(settings.micro_batch, settings.batch_size)
         peak = self.training_peak(
-            micro * images, dtype=settings.precision, reference=reference and not own,
-            accumulate=settings.batch_size > micro, checkpointing=settings.gradient_checkpointing,
-            optimizer=settings.optimizer, ema=settings.ema is not None, lora_rank=settings.lora_rank)
-        return StagePlan(f"{method} {number}: training", samples, "pairs" if paired else "images", flops,
-                         self.resident + peak, (1 + checkpoints) * memory.parameter_bytes(self.models.unet),
-                         settings.precision)
+            micro * images,
+            dtype=settings.precision,
+            reference=reference and not own,
+            accumulate=settings.batch_size > micro,
+            checkpointing=settings.gradient_checkpointing,
+            optimizer=settings.optimizer,
+            ema=settings.ema is not None,
+            lora_rank=settings.lora_rank,
+        )
+        return StagePlan(
+            f"{method} {number}: training",
+            samples,
+            "pairs" if paired else "images",
+            flops,
+            self.resident + peak,
+            (1 + checkpoints) * memory.parameter_bytes(self.models.unet),
+            settings.precision,
+        )
 
     def training_peak(self, rows: int, **options: Any) -> int:
-        return self.once((rows, *options.items()), lambda: memory.training_bytes(
-            self.models.unet, self.shape, self.tokens, rows, **options))
+        return self.once(
+            (rows, *options.items()),
+            lambda: memory.training_bytes(self.models.unet, self.shape, self.tokens, rows, **options),
+        )
 
     def sampling(self, models: int) -> StagePlan:
         """Images of the base and of every result, for all prompt sets, guidance scales and seeds."""
         settings, flops = self.suite.evaluation, 0.0
         evaluations = solver_evaluations(settings.scheduler, settings.steps)
         for guidance in settings.guidance:
-            flops += cost.sampling_flops(self.forward, self.coding[1], self.images, steps=evaluations,
-                                         guidance=guidance)
+            flops += cost.sampling_flops(
+                self.forward, self.coding[1], self.images, steps=evaluations, guidance=guidance
+            )
         rows = min(settings.batch_size, self.images)
         guided = 2 if any(guidance != 1 for guidance in settings.guidance) else 1
         batch = max(self.unet_pass(rows * guided), memory.vae_bytes(self.models.vae, self.shape, rows, self.dtype)[1])
         images, (height, width) = models * len(settings.guidance) * self.images, self.models.pixels
-        return StagePlan("evaluation: sampling", images, "images", models * flops,
-                         self.resident + self.unet_weights + batch, int(images * height * width * 3 * PNG), self.dtype)
+        return StagePlan(
+            "evaluation: sampling",
+            images,
+            "images",
+            models * flops,
+            self.resident + self.unet_weights + batch,
+            int(images * height * width * 3 * PNG),
+            self.dtype,
+        )
 
     def scoring(self, models: int) -> StagePlan:
         """All scorers, which on a GPU run under bf16 autocast whatever the suite says of the models."""
         images = models * len(self.suite.evaluation.guidance) * self.images
-        return StagePlan("evaluation: scoring", images, "images", images * self.scorers[0], self.resident,
-                         images * max(1, sum(len(registry.metric(name).columns) for name in self.suite.metrics)) * ROW,
-                         "bf16")
+        return StagePlan(
+            "evaluation: scoring",
+            images,
+            "images",
+            images * self.scorers[0],
+            self.resident,
+            images * max(1, sum(len(registry.metric(name).columns) for name in self.suite.metrics)) * ROW,
+            "bf16",
+        )
 
     @cached_property
     def images(self) -> int:
@@ -311,26 +372,39 @@ def _weights(scorer: Any) -> int:
 
 # --- output ---
 
+
 def as_record(made: Plan, card: Card, mfu: float, gpus: int) -> dict[str, Any]:
     """The plan in numbers: `gpu_hours` = FLOPs / (MFU x peak); `wall_hours` on all GPUs together."""
+
     def priced(hours: float) -> dict[str, float]:
         return {"gpu_hours": hours, "wall_hours": hours / gpus}
 
     hours = [stage.flops / (mfu * card.peak(stage.dtype) * 3600) for stage in made.stages]
-    total = {"flops": made.flops, **priced(sum(hours)), "peak_memory_bytes": made.peak_memory_bytes,
-             "disk_bytes": made.disk_bytes}
+    total = {
+        "flops": made.flops,
+        **priced(sum(hours)),
+        "peak_memory_bytes": made.peak_memory_bytes,
+        "disk_bytes": made.disk_bytes,
+    }
     return {
-        "suite": made.suite, "methods": list(made.methods),
-        "assumptions": {"card": card.title, "gpus": gpus, "mfu": mfu, "card_memory_bytes": card.memory,
-                        "peak_flops_per_s": {dtype: card.peak(dtype) for dtype in
-                                             sorted({stage.dtype for stage in made.stages})},
-                        "flops": "two per multiply-add; matrix products, convolutions and attention, counted by "
-                                 "torch's FlopCounterMode on the models' shapes",
-                        "memory": "tensors alive at once in a simulated pass, per device; without allocator waste, "
-                                  "workspaces (a third more, resident, on the miniature), CUDA context (1 to 2 GB) or "
-                                  "Python (about 0.7 GB)"},
+        "suite": made.suite,
+        "methods": list(made.methods),
+        "assumptions": {
+            "card": card.title,
+            "gpus": gpus,
+            "mfu": mfu,
+            "card_memory_bytes": card.memory,
+            "peak_flops_per_s": {dtype: card.peak(dtype) for dtype in sorted({stage.dtype for stage in made.stages})},
+            "flops": "two per multiply-add; matrix products, convolutions and attention, counted by "
+            "torch's FlopCounterMode on the models' shapes",
+            "memory": "tensors alive at once in a simulated pass, per device; without allocator waste, "
+            "workspaces (a third more, resident, on the miniature), CUDA context (1 to 2 GB) or "
+            "Python (about 0.7 GB)",
+        },
         "stages": [{**asdict(stage), **priced(spent)} for stage, spent in zip(made.stages, hours, strict=True)],
-        "total": total, "notes": list(made.notes)}
+        "total": total,
+        "notes": list(made.notes),
+    }
 
 
 def as_text(record: dict[str, Any]) -> str:
@@ -342,22 +416,37 @@ def as_text(record: dict[str, Any]) -> str:
         rows.append((stage["name"], f"{stage['count']:,} {stage['unit']}", *_figures(stage, size)))
     rows.append(("total", "", *_figures(total, size)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     lines[1:1] = ["-" * len(lines[0])]
     lines.insert(-1, lines[1])
     peaks = ", ".join(f"{peak / 1e12:g} TFLOP/s ({dtype})" for dtype, peak in assumed["peak_flops_per_s"].items())
-    lines += ["", f"{assumed['gpus']} x {assumed['card']} at {assumed['mfu']:.0%} of {peaks}: "
-              f"{_number(total['wall_hours'])} hours.", f"Memory: {assumed['memory']}."]
+    lines += [
+        "",
+        f"{assumed['gpus']} x {assumed['card']} at {assumed['mfu']:.0%} of {peaks}: "
+        f"{_number(total['wall_hours'])} hours.",
+        f"Memory: {assumed['memory']}.",
+    ]
     if total["peak_memory_bytes"] > assumed["card_memory_bytes"]:
-        lines.append(f"It does not fit: {assumed['card']} has {assumed['card_memory_bytes'] / 1e9:g} GB; lower "
-                     "train.micro_batch or the batch sizes of opponent and evaluation.")
+        lines.append(
+            f"It does not fit: {assumed['card']} has {assumed['card_memory_bytes'] / 1e9:g} GB; lower "
+            "train.micro_batch or the batch sizes of opponent and evaluation."
+        )
     return "\n".join([*lines, *(f"Note: {note}" for note in record["notes"])])
 
 
 def _figures(row: dict[str, Any], size: float) -> tuple[str, ...]:
-    return (_number(row["flops"] / size), _number(row["gpu_hours"]), _number(row["peak_memory_bytes"] / 1e9),
-            _number(row["disk_bytes"] / 1e9))
+    return (
+        _number(row["flops"] / size),
+        _number(row["gpu_hours"]),
+        _number(row["peak_memory_bytes"] / 1e9),
+        _number(row["disk_bytes"] / 1e9),
+    )
 
 
 def _number(value: float) -> str:

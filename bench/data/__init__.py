@@ -74,12 +74,19 @@ class PreferenceData:
     def fingerprint(self) -> str:
         """A hash of the first pairs as drawn, so that a changed world never reuses an old cache."""
         probe = np.concatenate([self.winners(range(min(4, self.size))), self.losers(range(min(4, self.size)))])
-        return fingerprint(["world", self.size, self.seed, self.split, probe.sum(axis=(1, 2, 3)).tolist(),
-                            self.prompts[-1]])
+        return fingerprint(
+            ["world", self.size, self.seed, self.split, probe.sum(axis=(1, 2, 3)).tolist(), self.prompts[-1]]
+        )
 
     def record(self) -> dict[str, Any]:
-        return {"source": "world", "pairs": self.size, "resolution": world.SIZE, "rows": self.size, "left_out": {},
-                "examples": []}
+        return {
+            "source": "world",
+            "pairs": self.size,
+            "resolution": world.SIZE,
+            "rows": self.size,
+            "left_out": {},
+            "examples": [],
+        }
 
     def name(self, row: int) -> str:
         return f"drawing {row}"
@@ -92,8 +99,10 @@ class Kept:
         self.source, self.broken = source, broken
         self.rows = np.array([row for row in range(len(source)) if row not in broken], dtype=np.int64)
         if not len(self.rows):
-            raise BenchError(f"{source.record()['source']}: not one of {len(source)} rows can be read; the first: "
-                             f"{next(iter(broken.values()))}")
+            raise BenchError(
+                f"{source.record()['source']}: not one of {len(source)} rows can be read; the first: "
+                f"{next(iter(broken.values()))}"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,17 +116,24 @@ class Kept:
         record = self.source.record()
         reasons = Counter(reason.partition(":")[0] for reason in self.broken.values())
         named = [f"{self.source.name(row)}: {reason}" for row, reason in sorted(self.broken.items())]
-        return {**record, "pairs": len(self), "left_out": {**record["left_out"], **reasons},
-                "examples": [*named, *record["examples"]][:EXAMPLES]}
+        return {
+            **record,
+            "pairs": len(self),
+            "left_out": {**record["left_out"], **reasons},
+            "examples": [*named, *record["examples"]][:EXAMPLES],
+        }
 
 
-SOURCES = {"world": "pairs of the drawn world",
-           "pickapic:SOURCE[#SPLIT]": "parquet shards in Pick-a-Pic's schema, in a folder or on the hub (OWNER/NAME)",
-           "folder:PATH": "images with captions, one a prompt"}
+SOURCES = {
+    "world": "pairs of the drawn world",
+    "pickapic:SOURCE[#SPLIT]": "parquet shards in Pick-a-Pic's schema, in a folder or on the hub (OWNER/NAME)",
+    "folder:PATH": "images with captions, one a prompt",
+}
 
 
-def load_pairs(spec: str, *, size: int | None, seed: int, resolution: int, cache: Path,
-               deduplicate: str | None = None) -> Source:
+def load_pairs(
+    spec: str, *, size: int | None, seed: int, resolution: int, cache: Path, deduplicate: str | None = None
+) -> Source:
     """Open the training data a suite names; what scanning it takes is done once and kept under `cache`."""
     kind, _, rest = spec.partition(":")
     if deduplicate and kind != "pickapic":
@@ -126,8 +142,9 @@ def load_pairs(spec: str, *, size: int | None, seed: int, resolution: int, cache
         if size is None:
             raise UsageError("data.size: the drawn world has no end; give a number of pairs")
         if resolution != world.SIZE:
-            raise UsageError(f"data.pairs: the world's drawings have {world.SIZE} pixels, the pipeline expects "
-                             f"{resolution}")
+            raise UsageError(
+                f"data.pairs: the world's drawings have {world.SIZE} pixels, the pipeline expects {resolution}"
+            )
         return PreferenceData(size, seed)
     if kind == "pickapic" and rest:
         from bench.data.pickapic import PickAPic

@@ -43,8 +43,9 @@ class Drawing:
 def render(drawings: Iterable[Drawing]) -> np.ndarray:
     """Render drawings to uint8 [N, 64, 64, 3]."""
     drawings = list(drawings)
-    return world.render([d.drawn for d in drawings], np.array([d.defects for d in drawings]),
-                        [d.seed for d in drawings])
+    return world.render(
+        [d.drawn for d in drawings], np.array([d.defects for d in drawings]), [d.seed for d in drawings]
+    )
 
 
 def severities(rng: np.random.Generator, spread: dict[str, tuple[float, float, float]]) -> tuple[float, ...]:
@@ -64,8 +65,13 @@ def corpus(seed: int, index: int) -> Drawing:
     asked = world.random_scene(rng, split="train")
     drawn = world.with_errors(asked, rng, CORPUS_ERROR_RATE)
     broad = dict.fromkeys(world.DEFECTS, (1.0, 1.5, 1.0))
-    return Drawing(world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS))), asked, drawn,
-                   severities(rng, broad), int(rng.integers(2**62)))
+    return Drawing(
+        world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS))),
+        asked,
+        drawn,
+        severities(rng, broad),
+        int(rng.integers(2**62)),
+    )
 
 
 # Two imperfect generators, better than the corpus in different ways.
@@ -86,8 +92,10 @@ def pair(seed: int, index: int, split: str = "train") -> Pair:
     rng = np.random.default_rng([seed, PAIRS, index])
     asked = world.random_scene(rng, split=split)
     text = world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS)))
-    vivid, soft = (Drawing(text, asked, world.with_errors(asked, rng, rate), severities(rng, spread),
-                           int(rng.integers(2**62))) for rate, spread in GENERATORS)
+    vivid, soft = (
+        Drawing(text, asked, world.with_errors(asked, rng, rate), severities(rng, spread), int(rng.integers(2**62)))
+        for rate, spread in GENERATORS
+    )
     vivid_wins = rng.random() < 1 / (1 + np.exp((soft.utility - vivid.utility) / LABEL_TEMPERATURE))
     return Pair(vivid, soft) if vivid_wins else Pair(soft, vivid)
 
@@ -100,5 +108,10 @@ def labelled(seed: int, index: int) -> Drawing:
     rng = np.random.default_rng([seed, LABELLED, index])
     scene = world.random_scene(rng, counts=(1, 1, 2, 2, 2, 2, 2, 3))
     spread = {name: (1.0, 6.0, 1.0) if rng.random() < 0.33 else (1.0, 1.3, 1.0) for name in world.DEFECTS}
-    return Drawing(world.caption(scene, int(rng.integers(world.CAPTION_VARIANTS))), scene, scene,
-                   severities(rng, spread), int(rng.integers(2**62)))
+    return Drawing(
+        world.caption(scene, int(rng.integers(world.CAPTION_VARIANTS))),
+        scene,
+        scene,
+        severities(rng, spread),
+        int(rng.integers(2**62)),
+    )

@@ -39,14 +39,21 @@ class Folder:
         usable = {name: caption for name, caption in captions.items() if caption and name in set(found)}
         lost = [f"{name}: no such image" for name in captions if name not in set(found)]
         lost += [f"{name}: no caption" for name in found if not captions.get(name)]
-        self.counts = {"rows": len(set(found) | set(captions)), "left_out": {
-            reason: count for reason in ("no caption", "no such image")
-            if (count := sum(line.endswith(f": {reason}") for line in lost))}}
+        self.counts = {
+            "rows": len(set(found) | set(captions)),
+            "left_out": {
+                reason: count
+                for reason in ("no caption", "no such image")
+                if (count := sum(line.endswith(f": {reason}") for line in lost))
+            },
+        }
         self.examples = lost
         self.names = sorted(usable)[:size]
         if not self.names:
-            raise BenchError(f"{spec}: {len(found)} images, but none with a caption; expected captions in "
-                             f"{', '.join(CAPTION_FILES)} (columns file_name and caption), or NAME.txt beside NAME.png")
+            raise BenchError(
+                f"{spec}: {len(found)} images, but none with a caption; expected captions in "
+                f"{', '.join(CAPTION_FILES)} (columns file_name and caption), or NAME.txt beside NAME.png"
+            )
         self.prompts = [usable[name] for name in self.names]
 
     def _captions(self, found: Sequence[str]) -> dict[str, str]:
@@ -72,8 +79,14 @@ class Folder:
 
     def record(self) -> dict[str, Any]:
         """Where the images come from and what was left out, for the protocol."""
-        return {"source": f"folder:{self.folder}", "pairs": len(self), "resolution": self.resolution,
-                "images": READING, **self.counts, "examples": self.examples}
+        return {
+            "source": f"folder:{self.folder}",
+            "pairs": len(self),
+            "resolution": self.resolution,
+            "images": READING,
+            **self.counts,
+            "examples": self.examples,
+        }
 
     def winners(self, rows: Sequence[int]) -> np.ndarray:
         """The images, uint8 [n, R, R, 3]; BrokenRows when some cannot be decoded."""

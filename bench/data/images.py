@@ -24,8 +24,7 @@ def images_in(folder: Path) -> list[str]:
     found = []
     for place, _, names in os.walk(folder):
         inside = Path(place).relative_to(folder)
-        found += [(inside / name).as_posix() for name in names
-                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        found += [(inside / name).as_posix() for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
     return sorted(found)
 
 

@@ -63,22 +63,22 @@ class Shards:
         try:
             return pq.ParquetFile(self.files.open(self.paths[shard], "rb"), pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
-            raise BenchError(f"{self.source}: shard {self.name(shard)} cannot be read: "
-                             f"{first_line(error)}") from error
+            raise BenchError(f"{self.source}: shard {self.name(shard)} cannot be read: {first_line(error)}") from error
 
     def expect(self, columns: Sequence[str]) -> list[str]:
         """The columns of the first shard, among which these must be."""
         found = list(self.open(0).schema_arrow.names)
         missing = [name for name in columns if name not in found]
         if missing:
-            raise BenchError(f"{self.source}: expected the columns {', '.join(columns)}, found no "
-                             f"{', '.join(missing)} in {self.name(0)}, which has {', '.join(found)}")
+            raise BenchError(
+                f"{self.source}: expected the columns {', '.join(columns)}, found no "
+                f"{', '.join(missing)} in {self.name(0)}, which has {', '.join(found)}"
+            )
         return found
 
     def column(self, name: str) -> list[Any]:
         """All values of one small column."""
-        return [value for shard in range(len(self.paths))
-                for value in self.open(shard).read([name])[name].to_pylist()]
+        return [value for shard in range(len(self.paths)) for value in self.open(shard).read([name])[name].to_pylist()]
 
 
 def split_source(spec: str, default: str = "train") -> tuple[str, str]:
@@ -96,8 +96,9 @@ def _of_split(source: str, split: str, found: dict[str, str]) -> list[str]:
         return list(found.values())
     paths = [found[name] for name, belongs in splits.items() if belongs == split]
     if not paths:
-        raise BenchError(f"{source}: no split '{split}'; it has "
-                         f"{', '.join(sorted(filter(None, set(splits.values()))))}")
+        raise BenchError(
+            f"{source}: no split '{split}'; it has {', '.join(sorted(filter(None, set(splits.values()))))}"
+        )
     return paths
 
 
@@ -119,5 +120,7 @@ def _on_the_hub(source: str) -> tuple[Any, dict[str, str]]:
         return HfFileSystem(), {file: f"datasets/{name}@{info.sha}/{file}" for file in names}
     except Exception as error:  # the client raises errors of several libraries
         cause = first_line(error)
-        raise BenchError(f"{source}: no such folder, and the hub failed: {cause} (a mirror is named the same way, "
-                         "OWNER/NAME; a folder of parquet shards works without the hub)") from error
+        raise BenchError(
+            f"{source}: no such folder, and the hub failed: {cause} (a mirror is named the same way, "
+            "OWNER/NAME; a folder of parquet shards works without the hub)"
+        ) from error

@@ -40,8 +40,9 @@ class PickAPic:
 
     paired = True
 
-    def __init__(self, spec: str, *, resolution: int, cache: Path, size: int | None = None,
-                 deduplicate: str | None = None):
+    def __init__(
+        self, spec: str, *, resolution: int, cache: Path, size: int | None = None, deduplicate: str | None = None
+    ):
         source, split = split_source(spec)
         self.spec, self.resolution, self.deduplicate = f"pickapic:{source}#{split}", resolution, deduplicate
         self.shards = Shards(source, split)
@@ -49,8 +50,10 @@ class PickAPic:
         whole, self.counts, self.examples = _index(self.shards, columns, cache)
         self.index = self._without_copies(whole).head(size).reset_index(drop=True)
         if self.index.empty:
-            raise BenchError(f"{self.spec}: no usable pair in {self.counts['rows']} rows; left out: "
-                             f"{json.dumps(self.counts['left_out'])}")
+            raise BenchError(
+                f"{self.spec}: no usable pair in {self.counts['rows']} rows; left out: "
+                f"{json.dumps(self.counts['left_out'])}"
+            )
         self._file: tuple[int, pq.ParquetFile] | None = None
         self._group: tuple[tuple[int, int], pa.Table] | None = None
 
@@ -63,8 +66,7 @@ class PickAPic:
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(["pickapic", self.shards.fingerprint, len(self), self.deduplicate, self.resolution,
-                            READING])
+        return fingerprint(["pickapic", self.shards.fingerprint, len(self), self.deduplicate, self.resolution, READING])
 
     def name(self, row: int) -> str:
         pair = self.index.iloc[row]
@@ -72,8 +74,14 @@ class PickAPic:
 
     def record(self) -> dict[str, Any]:
         """Where the pairs come from and what was left out, for the protocol."""
-        return {"source": self.spec, "pairs": len(self), "resolution": self.resolution, "images": READING,
-                **self.counts, "examples": self.examples}
+        return {
+            "source": self.spec,
+            "pairs": len(self),
+            "resolution": self.resolution,
+            "images": READING,
+            **self.counts,
+            "examples": self.examples,
+        }
 
     def winners(self, rows: Sequence[int]) -> np.ndarray:
         """The preferred images, uint8 [n, R, R, 3]; BrokenRows when either image of a pair is broken."""
@@ -86,8 +94,9 @@ class PickAPic:
     def _images(self, rows: Sequence[int], loser_first: bool) -> np.ndarray:
         groups = {}
         chosen = self.index.iloc[list(rows)]
-        for row, shard, group, place, winner in zip(rows, chosen["shard"], chosen["group"], chosen["place"],
-                                                    chosen["winner"], strict=True):
+        for row, shard, group, place, winner in zip(
+            rows, chosen["shard"], chosen["group"], chosen["place"], chosen["winner"], strict=True
+        ):
             table = self._row_group(int(shard), int(group))
             pair = [_content(table[column][int(place)].as_py()) for column in IMAGE_COLUMNS]
             groups[int(row)] = pair[::-1] if bool(winner) != loser_first else pair
@@ -149,8 +158,14 @@ def _scan(shards: Shards, columns: Sequence[str]) -> tuple[pd.DataFrame, dict[st
     """Read captions and labels of all shards, several at a time, and say what is left out and why."""
     wanted = [name for name in ("caption", "label_0", *UIDS) if name in columns]
     with ThreadPoolExecutor(SCANNERS) as threads:
-        tables = list(track(threads.map(lambda shard: _scan_shard(shards, shard, wanted), range(len(shards.paths))),
-                            "reading captions and labels", total=len(shards.paths), unit="shard"))
+        tables = list(
+            track(
+                threads.map(lambda shard: _scan_shard(shards, shard, wanted), range(len(shards.paths))),
+                "reading captions and labels",
+                total=len(shards.paths),
+                unit="shard",
+            )
+        )
     rows = pd.concat(tables, ignore_index=True)
     rows["problem"] = _problems(rows)
     left_out = {str(reason): int(count) for reason, count in rows["problem"].value_counts().items() if reason}
@@ -169,8 +184,10 @@ def _scan_shard(shards: Shards, shard: int, columns: Sequence[str]) -> pd.DataFr
     file = shards.open(shard)
     missing = [name for name in columns if name not in file.schema_arrow.names]
     if missing:
-        raise BenchError(f"{shards.source}: shard {shards.name(shard)} has no column {', '.join(missing)}, which "
-                         f"{shards.name(0)} has")
+        raise BenchError(
+            f"{shards.source}: shard {shards.name(shard)} has no column {', '.join(missing)}, which "
+            f"{shards.name(0)} has"
+        )
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     table = file.read(columns).to_pandas()
     table.insert(0, "shard", np.int32(shard))

@@ -15,8 +15,12 @@ from bench.data.tables import read_column, read_table
 from bench.errors import BenchError, UsageError, did_you_mean, first_line
 
 # name -> (number of prompts, stream of randomness, numbers of objects, split)
-WORLD_SETS = {"train": (2000, 11, (1, 2, 2, 2), "train"), "validation": (250, 12, (1, 2, 2, 2), "validation"),
-              "test": (500, 13, (1, 2, 2, 2), "test"), "hard": (250, 14, (3,), None)}
+WORLD_SETS = {
+    "train": (2000, 11, (1, 2, 2, 2), "train"),
+    "validation": (250, 12, (1, 2, 2, 2), "validation"),
+    "test": (500, 13, (1, 2, 2, 2), "test"),
+    "hard": (250, 14, (3,), None),
+}
 
 
 class Published(NamedTuple):
@@ -29,8 +33,11 @@ class Published(NamedTuple):
 
 PUBLISHED = {
     "partiprompts": Published("nateraw/parti-prompts", ("PartiPrompts.tsv",), "1632 prompts of PartiPrompts"),
-    "hpsv2": Published("zhwang/HPDv2", tuple(f"benchmark/{style}.json" for style in (
-        "anime", "concept-art", "paintings", "photo")), "3200 prompts of the HPS v2 benchmark, 800 a style"),
+    "hpsv2": Published(
+        "zhwang/HPDv2",
+        tuple(f"benchmark/{style}.json" for style in ("anime", "concept-art", "paintings", "photo")),
+        "3200 prompts of the HPS v2 benchmark, 800 a style",
+    ),
 }
 
 
@@ -78,8 +85,10 @@ def load_prompts(spec: str, limit: int | None = None) -> PromptSet:
 
 def _world_prompts(name: str) -> list[str]:
     if name not in WORLD_SETS:
-        raise UsageError(f"the drawn world has no prompt set '{name}'{did_you_mean(name, WORLD_SETS)}; "
-                         f"it has {', '.join(WORLD_SETS)}")
+        raise UsageError(
+            f"the drawn world has no prompt set '{name}'{did_you_mean(name, WORLD_SETS)}; "
+            f"it has {', '.join(WORLD_SETS)}"
+        )
     count, stream, counts, split = WORLD_SETS[name]
     rng = np.random.default_rng([2024, stream])
     prompts: dict[str, None] = {}
@@ -101,8 +110,10 @@ def _published(name: str, folder: str) -> list[Path]:
     except Exception as error:  # the client raises errors of several libraries
         cause = first_line(error)
         names = ", ".join(PurePosixPath(file).name for file in published.files)
-        raise BenchError(f"{name}: {published.repository} cannot be read from the hub: {cause} (with {names} in a "
-                         f"folder: {name}:FOLDER)") from error
+        raise BenchError(
+            f"{name}: {published.repository} cannot be read from the hub: {cause} (with {names} in a "
+            f"folder: {name}:FOLDER)"
+        ) from error
 
 
 def _file_prompts(path: Path) -> list[str]:

@@ -22,11 +22,25 @@ import numpy as np
 
 SIZE = 64  # pixels, width and height
 SIZES = ("small", "large")
-COLOURS = {"red": (200, 66, 60), "green": (84, 152, 80), "blue": (76, 108, 196), "yellow": (222, 196, 88),
-           "orange": (220, 138, 66), "purple": (132, 84, 168), "pink": (228, 152, 184), "cyan": (96, 186, 196)}
+COLOURS = {
+    "red": (200, 66, 60),
+    "green": (84, 152, 80),
+    "blue": (76, 108, 196),
+    "yellow": (222, 196, 88),
+    "orange": (220, 138, 66),
+    "purple": (132, 84, 168),
+    "pink": (228, 152, 184),
+    "cyan": (96, 186, 196),
+}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-BACKGROUNDS = {"white": (236, 236, 236), "black": (28, 28, 28), "grey": (128, 128, 128), "beige": (218, 202, 172),
-               "navy": (36, 46, 92), "brown": (104, 76, 56)}
+BACKGROUNDS = {
+    "white": (236, 236, 236),
+    "black": (28, 28, 28),
+    "grey": (128, 128, 128),
+    "beige": (218, 202, 172),
+    "navy": (36, 46, 92),
+    "brown": (104, 76, 56),
+}
 ARRANGEMENTS = ("single", "row", "column")
 RADII = {1: (11.0, 17.0), 2: (9.5, 14.5), 3: (6.5, 9.8)}  # (small, large) in pixels, by number of objects
 
@@ -96,6 +110,7 @@ def parse(text: str) -> Scene:
 
 # --- what a scene is worth ------------------------------------------------------------------------------------------
 
+
 def attributes(scene: Scene) -> dict[str, str]:
     """Every attribute of a scene by name: count, background, arrangement (two or more objects), size0, colour0, ..."""
     named = {"count": str(len(scene.things)), "background": scene.background}
@@ -124,8 +139,9 @@ def utility(alignment_value, aesthetics_value):
 
 # --- splits and random scenes ---------------------------------------------------------------------------------------
 
+
 def split_of(scene: Scene) -> str:
-    """"test" (10 % of the colour-shape combinations), "validation" (5 %) or "train": a pure function of the scene."""
+    """ "test" (10 % of the colour-shape combinations), "validation" (5 %) or "train": a pure function of the scene."""
     digest = hashlib.sha256(repr(scene.combination).encode()).digest()
     bucket = int.from_bytes(digest[:4], "big") % 20
     return "test" if bucket < 2 else "validation" if bucket == 2 else "train"
@@ -148,15 +164,22 @@ def random_thing(rng: np.random.Generator) -> Thing:
 
 def with_errors(scene: Scene, rng: np.random.Generator, rate: float) -> Scene:
     """Redraw each attribute with probability `rate`; with half that probability objects are dropped to one."""
-    things = tuple(Thing(size=_maybe(rng, rate, thing.size, SIZES), colour=_maybe(rng, rate, thing.colour, COLOURS),
-                         shape=_maybe(rng, rate, thing.shape, SHAPES)) for thing in scene.things)
+    things = tuple(
+        Thing(
+            size=_maybe(rng, rate, thing.size, SIZES),
+            colour=_maybe(rng, rate, thing.colour, COLOURS),
+            shape=_maybe(rng, rate, thing.shape, SHAPES),
+        )
+        for thing in scene.things
+    )
     arrangement = scene.arrangement
     if len(things) > 1:
         arrangement = _maybe(rng, rate, arrangement, ARRANGEMENTS[1:])
         if rng.random() < rate / 2:
             things, arrangement = things[:1], "single"
-    return replace(scene, things=things, arrangement=arrangement,
-                   background=_maybe(rng, rate, scene.background, BACKGROUNDS))
+    return replace(
+        scene, things=things, arrangement=arrangement, background=_maybe(rng, rate, scene.background, BACKGROUNDS)
+    )
 
 
 def _pick(rng: np.random.Generator, options) -> str:
@@ -168,6 +191,7 @@ def _maybe(rng: np.random.Generator, rate: float, value: str, options) -> str:
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
+
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     tenth = np.pi / 5

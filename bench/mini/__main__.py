@@ -41,13 +41,24 @@ PLAN: dict[str, dict[str, Any]] = {
     "hpsv2": {"steps": 4000, "rankings": 9000},
     "imagereward": {"steps": 4000, "pairs": 20_000},
 }
-NEEDS = {"vae": (), "denoiser": ("vae",), "judge": ("vae",), "judge2": ("vae",),
-         "samples": ("denoiser", "judge"), "clip": ("vae",),
-         "pickscore": ("clip", "samples"), "aesthetic": ("clip", "samples"),
-         "hpsv2": ("clip", "samples"), "imagereward": ("clip", "samples")}
+NEEDS = {
+    "vae": (),
+    "denoiser": ("vae",),
+    "judge": ("vae",),
+    "judge2": ("vae",),
+    "samples": ("denoiser", "judge"),
+    "clip": ("vae",),
+    "pickscore": ("clip", "samples"),
+    "aesthetic": ("clip", "samples"),
+    "hpsv2": ("clip", "samples"),
+    "imagereward": ("clip", "samples"),
+}
 SCORERS: dict[str, Callable[..., None]] = {
-    "pickscore": scorers.train_pickscore, "aesthetic": scorers.train_aesthetic, "hpsv2": rankers.train_hpsv2,
-    "imagereward": rankers.train_imagereward}
+    "pickscore": scorers.train_pickscore,
+    "aesthetic": scorers.train_aesthetic,
+    "hpsv2": rankers.train_hpsv2,
+    "imagereward": rankers.train_imagereward,
+}
 
 
 @dataclass
@@ -82,8 +93,9 @@ class Builder:
         third = PLAN["vae"]["images"] // 3
         items = [make(SEED + 7, index) for make in (drawings.labelled, drawings.corpus) for index in range(third)]
         items += [drawings.pair(SEED + 7, index).winner for index in range(third)]
-        vae.train(rendered(items), folder, self.checkpoint("vae"), seed=SEED, steps=PLAN["vae"]["steps"],
-                  device=self.device)
+        vae.train(
+            rendered(items), folder, self.checkpoint("vae"), seed=SEED, steps=PLAN["vae"]["steps"], device=self.device
+        )
 
     def load_vae(self):
         return vae.AutoencoderKL.from_pretrained(self.stage("vae").directory).to(self.device).eval()
@@ -95,34 +107,57 @@ class Builder:
         items = [drawings.corpus(SEED, index) for index in range(PLAN["denoiser"]["images"])]
         encoder = self.load_vae().to(memory_format=torch.channels_last)
         with torch.autocast(self.device, torch.bfloat16):
-            latents = encode_images(encoder, lambda rows: drawings.render(items[row] for row in rows), len(items),
-                                    batch_size=128)
+            latents = encode_images(
+                encoder, lambda rows: drawings.render(items[row] for row in rows), len(items), batch_size=128
+            )
         tokenizer = build_tokenizer()
-        model = denoiser.train(latents, [item.caption for item in items], tokenizer,
-                               self.work / "checkpoints", seed=SEED, cycles=PLAN["denoiser"]["cycles"],
-                               device=self.device)
+        model = denoiser.train(
+            latents,
+            [item.caption for item in items],
+            tokenizer,
+            self.work / "checkpoints",
+            seed=SEED,
+            cycles=PLAN["denoiser"]["cycles"],
+            device=self.device,
+        )
         denoiser.assemble(model.cpu(), self.load_vae().cpu(), tokenizer, folder)
 
     def judge(self, folder: Path) -> None:
-        train_judge(folder, self.checkpoint("judge"), seed=SEED, roundtrip=self.roundtrip, device=self.device,
-                    **PLAN["judge"])
+        train_judge(
+            folder, self.checkpoint("judge"), seed=SEED, roundtrip=self.roundtrip, device=self.device, **PLAN["judge"]
+        )
 
     def judge2(self, folder: Path) -> None:
         """The second judge, of other drawings and another architecture; nothing is ever trained on what it says."""
-        train_judge(folder, self.checkpoint("judge2"), measured_on=SEED + 1, roundtrip=self.roundtrip,
-                    device=self.device, **PLAN["judge2"])
+        train_judge(
+            folder,
+            self.checkpoint("judge2"),
+            measured_on=SEED + 1,
+            roundtrip=self.roundtrip,
+            device=self.device,
+            **PLAN["judge2"],
+        )
 
     def samples(self, folder: Path) -> None:
         """Generated pairs for the scorers (rows 2k and 2k + 1 share a prompt), rated by the judge."""
         pipe = load_pipeline(self.stage("denoiser").directory, self.device)
         judge = Judge.load(self.stage("judge").directory, self.device)
         prompts = load_prompts("world:train", PLAN["samples"]["prompts"]).prompts
-        images = np.concatenate([sample(pipe, prompts, guidance=guidance, steps=10, seeds=[SEED, SEED + 1],
-                                        batch_size=100) for guidance in (1.0, 3.0)])
+        images = np.concatenate(
+            [
+                sample(pipe, prompts, guidance=guidance, steps=10, seeds=[SEED, SEED + 1], batch_size=100)
+                for guidance in (1.0, 3.0)
+            ]
+        )
         captions = [prompt for _ in range(2) for prompt in prompts for _ in range(2)]
         scores = judge.score(images, captions)
-        np.savez(folder / "samples.npz", images=images, captions=np.array(captions), utility=scores["utility"],
-                 aesthetics=scores["aesthetics"])
+        np.savez(
+            folder / "samples.npz",
+            images=images,
+            captions=np.array(captions),
+            utility=scores["utility"],
+            aesthetics=scores["aesthetics"],
+        )
 
     def load_samples(self) -> Pool:
         stored = np.load(self.stage("samples").directory / "samples.npz")
@@ -130,13 +165,28 @@ class Builder:
         return Pool(stored["images"], captions, stored["utility"], stored["aesthetics"], judged=len(captions))
 
     def clip(self, folder: Path) -> None:
-        scorers.train_clip(folder, self.checkpoint("clip"), build_tokenizer(), seed=SEED, roundtrip=self.roundtrip,
-                           device=self.device, **PLAN["clip"])
+        scorers.train_clip(
+            folder,
+            self.checkpoint("clip"),
+            build_tokenizer(),
+            seed=SEED,
+            roundtrip=self.roundtrip,
+            device=self.device,
+            **PLAN["clip"],
+        )
 
     def scorer(self, name: str, folder: Path) -> None:
         """What is taught from the miniature CLIP, drawings and rated samples."""
-        SCORERS[name](folder, self.checkpoint(name), self.stage("clip").directory, seed=SEED,
-                      roundtrip=self.roundtrip, samples=self.load_samples(), device=self.device, **PLAN[name])
+        SCORERS[name](
+            folder,
+            self.checkpoint(name),
+            self.stage("clip").directory,
+            seed=SEED,
+            roundtrip=self.roundtrip,
+            samples=self.load_samples(),
+            device=self.device,
+            **PLAN[name],
+        )
 
     def install(self) -> None:
         """Copy what is finished to where the package looks for it."""
@@ -151,10 +201,20 @@ class Builder:
 
 @click.command()
 @click.argument("stages", nargs=-1)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("results/build"), show_default=True,
-              help="Where checkpoints and finished stages are kept.")
-@click.option("--out", type=click.Path(path_type=Path), default=MINI_WEIGHTS, show_default=True,
-              help="Where finished weights are installed.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("results/build"),
+    show_default=True,
+    help="Where checkpoints and finished stages are kept.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=MINI_WEIGHTS,
+    show_default=True,
+    help="Where finished weights are installed.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--install/--no-install", default=True, help="Copy finished weights to --out at the end.")
 def main(stages: tuple[str, ...], work: Path, out: Path, device: str, install: bool) -> None:

@@ -22,17 +22,26 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def fit(model: torch.nn.Module, loss: Callable[[int], torch.Tensor], *, steps: int, lr: float, checkpoint: Path,
-        description: str, warmup: int = 200, weight_decay: float = 1e-2, ema: float | None = None,
-        checkpoint_every: int = 500) -> torch.nn.Module:
+def fit(
+    model: torch.nn.Module,
+    loss: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    lr: float,
+    checkpoint: Path,
+    description: str,
+    warmup: int = 200,
+    weight_decay: float = 1e-2,
+    ema: float | None = None,
+    checkpoint_every: int = 500,
+) -> torch.nn.Module:
     """Minimise `loss(step)` over the trainable parameters of `model` and return the model (its average with `ema`).
 
     `loss` must be a function of the step and the weights alone; a killed fit then goes on from its last checkpoint as
     if nothing had happened. The checkpoint also says how many steps were planned: another plan starts afresh.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     average = copy.deepcopy(model).eval() if ema else None
     first = _restore(checkpoint, steps, model, optimizer, average)
     bar = track(range(first, steps), description, total=steps, unit="step", initial=first)
@@ -68,8 +77,16 @@ def _update_average(average: torch.nn.Module, model: torch.nn.Module, decay: flo
 def _save(path: Path, steps: int, step: int, model, optimizer, average) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
-    torch.save({"steps": steps, "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "average": average.state_dict() if average is not None else None}, unfinished)
+    torch.save(
+        {
+            "steps": steps,
+            "step": step,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state_dict() if average is not None else None,
+        },
+        unfinished,
+    )
     os.replace(unfinished, path)
 
 

@@ -34,8 +34,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "count": tuple(str(count + 1) for count in range(MAX_THINGS)),
     "arrangement": world.ARRANGEMENTS,
     "background": tuple(world.BACKGROUNDS),
-    **{f"{kind}{slot}": tuple(options) for slot in range(MAX_THINGS)
-       for kind, options in (("size", world.SIZES), ("colour", world.COLOURS), ("shape", world.SHAPES))},
+    **{
+        f"{kind}{slot}": tuple(options)
+        for slot in range(MAX_THINGS)
+        for kind, options in (("size", world.SIZES), ("colour", world.COLOURS), ("shape", world.SHAPES))
+    },
 }
 """What the judge tells apart, by attribute (named as in `world.attributes`)."""
 SCORES = ("utility", "alignment", "aesthetics", *world.DEFECTS)
@@ -45,12 +48,17 @@ PLACE = LAST + 1
 
 # --- networks: what sees, by name; the heads that read are the same for all ---
 
+
 class _Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
-                                  nn.ReLU(), nn.Conv2d(width, width, 3, padding=1, bias=False),
-                                  nn.BatchNorm2d(width))
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.body(x))
@@ -58,14 +66,18 @@ class _Residual(nn.Module):
 
 def _residual_trunk(hidden: int, widths: Sequence[int] = (32, 48, 96, 128), squeezed: int = 24) -> nn.Sequential:
     """Overlapping 3x3 convolutions with batch norm and ReLU, halved to an 8x8 map; 0.97 million parameters."""
-    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False),
-                               nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
     for narrow, wide in pairwise_of(widths):
-        layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wide),
-                   nn.ReLU(), _Residual(wide)]
+        layers += [
+            nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            _Residual(wide),
+        ]
     # The places of the 8x8 map are kept apart: which object is first, and by how much it is displaced.
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], squeezed, 1), nn.Flatten(),
-                         nn.Linear(squeezed * 64, hidden), nn.ReLU())
+    return nn.Sequential(
+        *layers, nn.Conv2d(widths[-1], squeezed, 1), nn.Flatten(), nn.Linear(squeezed * 64, hidden), nn.ReLU()
+    )
 
 
 class _ChannelNorm(nn.LayerNorm):
@@ -89,16 +101,24 @@ class _ConvNext(nn.Module):
         return x + self.narrow(gelu(self.widen(inner))).permute(0, 3, 1, 2)
 
 
-def _convnext_trunk(hidden: int, widths: tuple[int, int] = (48, 96), depths: tuple[int, int] = (2, 4),
-                    squeezed: int = 24) -> nn.Sequential:
+def _convnext_trunk(
+    hidden: int, widths: tuple[int, int] = (48, 96), depths: tuple[int, int] = (2, 4), squeezed: int = 24
+) -> nn.Sequential:
     """ConvNeXt on patches of 4x4 pixels, halved once to an 8x8 map; 0.63 million parameters."""
     fine, coarse = widths
-    return nn.Sequential(nn.Conv2d(3, fine, 4, stride=4), _ChannelNorm(fine),
-                         *(_ConvNext(fine) for _ in range(depths[0])),
-                         _ChannelNorm(fine), nn.Conv2d(fine, coarse, 2, stride=2),
-                         *(_ConvNext(coarse) for _ in range(depths[1])),
-                         _ChannelNorm(coarse), nn.Conv2d(coarse, squeezed, 1), nn.Flatten(),
-                         nn.Linear(squeezed * 64, hidden), nn.GELU())
+    return nn.Sequential(
+        nn.Conv2d(3, fine, 4, stride=4),
+        _ChannelNorm(fine),
+        *(_ConvNext(fine) for _ in range(depths[0])),
+        _ChannelNorm(fine),
+        nn.Conv2d(fine, coarse, 2, stride=2),
+        *(_ConvNext(coarse) for _ in range(depths[1])),
+        _ChannelNorm(coarse),
+        nn.Conv2d(coarse, squeezed, 1),
+        nn.Flatten(),
+        nn.Linear(squeezed * 64, hidden),
+        nn.GELU(),
+    )
 
 
 TRUNKS = {"residual": (_residual_trunk, 192), "convnext": (_convnext_trunk, 160)}
@@ -113,8 +133,7 @@ class JudgeNet(nn.Module):
         make, features = TRUNKS[trunk]
         self.kind = trunk
         self.trunk = make(features)
-        self.attributes = nn.ModuleDict({name: nn.Linear(features, len(options))
-                                         for name, options in OPTIONS.items()})
+        self.attributes = nn.ModuleDict({name: nn.Linear(features, len(options)) for name, options in OPTIONS.items()})
         self.defects = nn.Linear(features, len(world.DEFECTS))
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -130,13 +149,18 @@ class Judge(Metric):
 
     name = "judge"
     title = "judge"
-    columns = (*(Column(part, part, order=PLACE + place, truth=True) for place, part in enumerate(SCORES[:3])),
-               *(Column(part, part, higher_is_better=False, order=PLACE + 3, truth=True, detail=True)
-                 for part in world.DEFECTS))
+    columns = (
+        *(Column(part, part, order=PLACE + place, truth=True) for place, part in enumerate(SCORES[:3])),
+        *(
+            Column(part, part, higher_is_better=False, order=PLACE + 3, truth=True, detail=True)
+            for part in world.DEFECTS
+        ),
+    )
     bundled: ClassVar[str] = "judge"
 
-    def __init__(self, network: JudgeNet, device: str = "cpu", batch_size: int = 128,
-                 accuracy: dict[str, Any] | None = None):
+    def __init__(
+        self, network: JudgeNet, device: str = "cpu", batch_size: int = 128, accuracy: dict[str, Any] | None = None
+    ):
         self.network = network.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.device = device
         self.batch_size = batch_size
@@ -151,8 +175,9 @@ class Judge(Metric):
         try:
             with safe_open(path, "pt") as file:
                 network = JudgeNet((file.metadata() or {}).get("trunk", "residual"))
-            network.load_state_dict({name: value.float() if value.is_floating_point() else value
-                                     for name, value in load_file(path).items()})
+            network.load_state_dict(
+                {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+            )
         except (RuntimeError, KeyError, SafetensorError) as error:
             raise BenchError(f"{path} does not hold a judge: {first_line(error)}") from error
         report = path.with_name("accuracy.json")
@@ -161,16 +186,25 @@ class Judge(Metric):
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write judge.safetensors, its floating-point weights as `dtype`, and accuracy.json."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
-                   for name, value in self.network.state_dict().items()},
-                  folder / "judge.safetensors", {"trunk": self.network.kind})
+        save_file(
+            {
+                name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+                for name, value in self.network.state_dict().items()
+            },
+            folder / "judge.safetensors",
+            {"trunk": self.network.kind},
+        )
         atomic_write(folder / "accuracy.json", json.dumps(self.accuracy, indent=1) + "\n")
 
     def info(self) -> dict[str, Any]:
         """Which judge this is and how far to trust it; for the protocol."""
-        return {"version": f"judge of the drawn world, {self.network.kind} network",
-                "checkpoint": weights_digest(self.network), "scale": "0 to 1", "truncates": "nothing",
-                "accuracy": self.accuracy}
+        return {
+            "version": f"judge of the drawn world, {self.network.kind} network",
+            "checkpoint": weights_digest(self.network),
+            "scale": "0 to 1",
+            "truncates": "nothing",
+            "accuracy": self.accuracy,
+        }
 
     @torch.inference_mode()
     def read(self, images: Images) -> dict[str, np.ndarray]:
@@ -178,7 +212,7 @@ class Judge(Metric):
         logits, severities = [], []
         with track(None, "judging", total=len(images), unit="image") as bar:
             for start in range(0, len(images), self.batch_size):
-                batch = to_pixels(images[start:start + self.batch_size]).to(self.device)
+                batch = to_pixels(images[start : start + self.batch_size]).to(self.device)
                 read, defects = self.network(batch)
                 logits.append({name: value.argmax(1).cpu() for name, value in read.items()})
                 severities.append(defects.cpu())
@@ -201,8 +235,10 @@ class SecondJudge(Judge):
 
     name = "judge2"
     title = "second judge"
-    columns = tuple(replace(column, title=f"{column.title}, second judge", order=column.order + len(SCORES))
-                    for column in Judge.columns)
+    columns = tuple(
+        replace(column, title=f"{column.title}, second judge", order=column.order + len(SCORES))
+        for column in Judge.columns
+    )
     bundled = "judge2"
 
 
@@ -211,21 +247,28 @@ def rated(reading: dict[str, np.ndarray], asked: Sequence[world.Scene]) -> dict[
     alignment = np.array([world.alignment(*pair) for pair in zip(asked, scenes(reading), strict=True)])
     defects = {name: reading[name] for name in world.DEFECTS}
     aesthetics = world.aesthetics(np.stack(list(defects.values()), axis=-1))
-    values = {"utility": world.utility(alignment, aesthetics), "alignment": alignment,
-              "aesthetics": aesthetics, **defects}
+    values = {
+        "utility": world.utility(alignment, aesthetics),
+        "alignment": alignment,
+        "aesthetics": aesthetics,
+        **defects,
+    }
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
 def scenes(reading: dict[str, np.ndarray]) -> list[world.Scene]:
     """The scenes that a reading describes; objects beyond the counted ones are left out."""
-    return [_scene({name: options[reading[name][row]] for name, options in OPTIONS.items()})
-            for row in range(len(reading["count"]))]
+    return [
+        _scene({name: options[reading[name][row]] for name, options in OPTIONS.items()})
+        for row in range(len(reading["count"]))
+    ]
 
 
 def _scene(shown: dict[str, str]) -> world.Scene:
     count = int(shown["count"])
-    things = tuple(world.Thing(shown[f"size{slot}"], shown[f"colour{slot}"], shown[f"shape{slot}"])
-                   for slot in range(count))
+    things = tuple(
+        world.Thing(shown[f"size{slot}"], shown[f"colour{slot}"], shown[f"shape{slot}"]) for slot in range(count)
+    )
     return world.Scene(things, "single" if count == 1 else shown["arrangement"], shown["background"])
 
 

@@ -21,10 +21,22 @@ ABSENT = -100  # the label of an attribute that the drawing does not have; cross
 DEFECT_LOSS_WEIGHT = 20.0  # brings the squared errors of the severities to the scale of the cross entropies
 
 
-def train_judge(folder: Path, checkpoint: Path, *, seed: int = 0, steps: int = 6000, batch_size: int = 96,
-                lr: float = 2e-3, pool: int = 30_000, held_out: int = 2000, trunk: str = "residual",
-                half: bool = False, measured_on: int | None = None, roundtrip: RoundTrip | None = None,
-                device: str = "cpu") -> Judge:
+def train_judge(
+    folder: Path,
+    checkpoint: Path,
+    *,
+    seed: int = 0,
+    steps: int = 6000,
+    batch_size: int = 96,
+    lr: float = 2e-3,
+    pool: int = 30_000,
+    held_out: int = 2000,
+    trunk: str = "residual",
+    half: bool = False,
+    measured_on: int | None = None,
+    roundtrip: RoundTrip | None = None,
+    device: str = "cpu",
+) -> Judge:
     """Train on the labelled drawings of `seed` and round trips of half of them; save to `folder` with the accuracy.
 
     trunk: of TRUNKS. half: round the trained weights to half precision, and store them so. measured_on: seed of the
@@ -35,8 +47,8 @@ def train_judge(folder: Path, checkpoint: Path, *, seed: int = 0, steps: int = 6
     items = [drawings.labelled(seed, index) for index in range(pool)]
     images = rendered(items)
     if roundtrip is not None:
-        items = items + items[:pool // 2]
-        images = np.concatenate([images, roundtrip(images[:pool // 2])])
+        items = items + items[: pool // 2]
+        images = np.concatenate([images, roundtrip(images[: pool // 2])])
     attributes, defects = targets(items)
 
     def loss(step: int) -> Tensor:
@@ -61,8 +73,10 @@ def train_judge(folder: Path, checkpoint: Path, *, seed: int = 0, steps: int = 6
 def targets(items: Sequence[Drawing]) -> tuple[dict[str, Tensor], Tensor]:
     """Labels of drawings: int64 [N] by attribute (ABSENT where there is none), and severities fp32 [N, 5]."""
     named = [world.attributes(item.drawn) | {"arrangement": item.drawn.arrangement} for item in items]
-    attributes = {name: torch.tensor([options.index(row[name]) if name in row else ABSENT for row in named])
-                  for name, options in OPTIONS.items()}
+    attributes = {
+        name: torch.tensor([options.index(row[name]) if name in row else ABSENT for row in named])
+        for name, options in OPTIONS.items()
+    }
     return attributes, torch.tensor([item.defects for item in items])
 
 
@@ -83,12 +97,19 @@ def measure(judge: Judge, seed: int, count: int, roundtrip: RoundTrip | None = N
 def _accuracy(judge: Judge, items: Sequence[Drawing], images: np.ndarray, pairs: Pool) -> dict[str, Any]:
     reading = judge.read(images)
     attributes, defects = targets(items)
-    right = {name: float((reading[name] == wanted)[wanted != ABSENT].mean())
-             for name, wanted in ((name, value.numpy()) for name, value in attributes.items())
-             if (wanted != ABSENT).any()}
-    explained = {name: float(1 - np.mean((reading[name] - true) ** 2) / np.var(true))
-                 for name, true in zip(world.DEFECTS, defects.numpy().T, strict=True)}
+    right = {
+        name: float((reading[name] == wanted)[wanted != ABSENT].mean())
+        for name, wanted in ((name, value.numpy()) for name, value in attributes.items())
+        if (wanted != ABSENT).any()
+    }
+    explained = {
+        name: float(1 - np.mean((reading[name] - true) ** 2) / np.var(true))
+        for name, true in zip(world.DEFECTS, defects.numpy().T, strict=True)
+    }
     aligned = [world.alignment(item.drawn, seen) for item, seen in zip(items, scenes(reading), strict=True)]
-    return {"attributes": rounded(right), "defects_r2": rounded(explained),
-            "all_attributes": round(float(np.mean(aligned)), 4),
-            "pairwise": pairwise(judge.score(pairs.images, pairs.captions)["utility"], pairs.utility)}
+    return {
+        "attributes": rounded(right),
+        "defects_r2": rounded(explained),
+        "all_attributes": round(float(np.mean(aligned)), 4),
+        "pairwise": pairwise(judge.score(pairs.images, pairs.captions)["utility"], pairs.utility),
+    }

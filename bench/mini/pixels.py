@@ -51,8 +51,16 @@ def measure(images: np.ndarray, prompts: Sequence[str]) -> dict[str, np.ndarray]
         asked = world.parse(prompt)
         seen = ground(image, ~near_objects(asked).any(axis=0))
         shown, signed = saturation(seen.colour, asked.background)
-        rows.append((np.maximum(-signed, 0), np.maximum(signed, 0), blotches(seen), shadow(seen, asked.background),
-                     shown == asked.background, colours(image, asked, seen)))
+        rows.append(
+            (
+                np.maximum(-signed, 0),
+                np.maximum(signed, 0),
+                blotches(seen),
+                shadow(seen, asked.background),
+                shown == asked.background,
+                colours(image, asked, seen),
+            )
+        )
     return dict(zip(MEASURES, np.array(rows, np.float32).reshape(-1, len(MEASURES)).T, strict=True))
 
 
@@ -82,8 +90,10 @@ def saturation(colour: np.ndarray, asked: str) -> tuple[str, float]:
     nearest = min(distance, key=lambda name: distance[name].min())
     own = distance[asked]
     hue = np.linalg.norm(_chroma(_colour(asked))) > COLOURED
-    return (nearest if distance[nearest].min() <= DRAWABLE else "",
-            float(SEVERITIES[own.argmin() % len(SEVERITIES)]) if hue and own.min() <= DRAWABLE else np.nan)
+    return (
+        nearest if distance[nearest].min() <= DRAWABLE else "",
+        float(SEVERITIES[own.argmin() % len(SEVERITIES)]) if hue and own.min() <= DRAWABLE else np.nan,
+    )
 
 
 def blotches(seen: Ground) -> float:
@@ -116,10 +126,11 @@ def colours(image: np.ndarray, asked: world.Scene, seen: Ground) -> float:
 
 def near_objects(asked: world.Scene) -> np.ndarray:
     """bool [count, 64, 64]: the pixels that each asked object may cover."""
-    rows, columns = np.mgrid[:world.SIZE, :world.SIZE] + 0.5
+    rows, columns = np.mgrid[: world.SIZE, : world.SIZE] + 0.5
     reach = [1.1 * world.RADII[len(asked.things)][world.SIZES.index(thing.size)] + MARGIN for thing in asked.things]
-    return np.stack([np.hypot(columns - x, rows - y) <= radius
-                     for (x, y), radius in zip(world.centres(asked), reach, strict=True)])
+    return np.stack(
+        [np.hypot(columns - x, rows - y) <= radius for (x, y), radius in zip(world.centres(asked), reach, strict=True)]
+    )
 
 
 def ground(image: np.ndarray, free: np.ndarray) -> Ground:

@@ -45,18 +45,40 @@ from bench.mini.text import vocabulary_text
 
 GROUP = 4  # images of a ranking
 RANKED_STREAM, RANKING_STREAM = 31, 32
-MED = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-       "max_position_embeddings": 64, "layer_norm_eps": 1e-12, "hidden_act": "gelu", "add_cross_attention": True,
-       "add_type_embeddings": False, "encoder_width": VISION["hidden_size"]}
+MED = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "add_cross_attention": True,
+    "add_type_embeddings": False,
+    "encoder_width": VISION["hidden_size"],
+}
 REWARD_HEAD = (MED["hidden_size"], 128, 64, 32, 16, 1)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 # --- HPS v2: rankings of several images of one prompt ---
 
-def train_hpsv2(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int = 0, steps: int = 1500,
-                batch_size: int = 24, lr: float = 5e-4, rankings: int = 5000, held_out: int = 2000,
-                roundtrip: RoundTrip | None = None, samples: Pool | None = None, device: str = "cpu") -> None:
+
+def train_hpsv2(
+    folder: Path,
+    checkpoint: Path,
+    clip_folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 1500,
+    batch_size: int = 24,
+    lr: float = 5e-4,
+    rankings: int = 5000,
+    held_out: int = 2000,
+    roundtrip: RoundTrip | None = None,
+    samples: Pool | None = None,
+    device: str = "cpu",
+) -> None:
     """Fine-tune the miniature CLIP on noisy rankings of `GROUP` images (Wu et al. 2023); saves hpsv2.pt.
 
     batch_size: rankings a step. rankings: even. samples: `GROUP` generated images of each prompt, in any order.
@@ -66,6 +88,7 @@ def train_hpsv2(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int 
     model, processor = trainable(copy.deepcopy(clip.model), device), clip.pixels.processor
     data = with_round_trips(ranked_pool(seed, rankings), roundtrip, grouped(samples) if samples else None)
     tokens = tokenise(clip.tokenizer, data.captions[0::GROUP])
+
     def loss(step: int) -> Tensor:
         groups = np.random.default_rng([seed, step]).choice(len(tokens), min(batch_size, len(tokens)), replace=False)
         rows = (GROUP * groups[:, None] + np.arange(GROUP)).ravel()
@@ -99,16 +122,28 @@ def ranked_pool(seed: int, count: int) -> Pool:
         text = world.caption(asked, int(rng.integers(world.CAPTION_VARIANTS)))
         for place in range(GROUP):
             rate, spread = (rng.uniform(0, 0.3), broad) if rough else drawings.GENERATORS[place % 2]
-            items.append(Drawing(text, asked, world.with_errors(asked, rng, rate), drawings.severities(rng, spread),
-                                 int(rng.integers(2**62))))
+            items.append(
+                Drawing(
+                    text,
+                    asked,
+                    world.with_errors(asked, rng, rate),
+                    drawings.severities(rng, spread),
+                    int(rng.integers(2**62)),
+                )
+            )
     return pool_of(items)
 
 
 def grouped(samples: Pool) -> Pool:
     """The rows of each prompt side by side."""
     order = np.argsort(np.array(samples.captions), kind="stable")
-    return Pool(samples.images[order], [samples.captions[row] for row in order], samples.utility[order],
-                samples.aesthetics[order], samples.judged)
+    return Pool(
+        samples.images[order],
+        [samples.captions[row] for row in order],
+        samples.utility[order],
+        samples.aesthetics[order],
+        samples.judged,
+    )
 
 
 def noisy_rankings(utility: np.ndarray, seed: Sequence[int]) -> np.ndarray:
@@ -127,21 +162,43 @@ def save_hpsv2(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None
     torch.save({"state_dict": from_transformers(model.state_dict())}, folder / "hpsv2.pt")
     described = {
         "embed_dim": PROJECTION,
-        "vision_cfg": {"image_size": VISION["image_size"], "layers": VISION["num_hidden_layers"],
-                       "width": VISION["hidden_size"], "patch_size": VISION["patch_size"],
-                       "head_width": VISION["hidden_size"] // VISION["num_attention_heads"]},
-        "text_cfg": {"context_length": TEXT["max_position_embeddings"], "vocab_size": len(tokenizer),
-                     "width": TEXT["hidden_size"], "heads": TEXT["num_attention_heads"],
-                     "layers": TEXT["num_hidden_layers"]}}
+        "vision_cfg": {
+            "image_size": VISION["image_size"],
+            "layers": VISION["num_hidden_layers"],
+            "width": VISION["hidden_size"],
+            "patch_size": VISION["patch_size"],
+            "head_width": VISION["hidden_size"] // VISION["num_attention_heads"],
+        },
+        "text_cfg": {
+            "context_length": TEXT["max_position_embeddings"],
+            "vocab_size": len(tokenizer),
+            "width": TEXT["hidden_size"],
+            "heads": TEXT["num_attention_heads"],
+            "layers": TEXT["num_hidden_layers"],
+        },
+    }
     (folder / CONFIG_FILE).write_text(json.dumps(described, indent=1))
     tokenizer.save_pretrained(folder)
 
 
 # --- ImageReward: which of two images is better, image and prompt read together ---
 
-def train_imagereward(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int = 0, steps: int = 3000,
-                      batch_size: int = 64, lr: float = 5e-4, pairs: int = 10_000, held_out: int = 2000,
-                      roundtrip: RoundTrip | None = None, samples: Pool | None = None, device: str = "cpu") -> None:
+
+def train_imagereward(
+    folder: Path,
+    checkpoint: Path,
+    clip_folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 3000,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    pairs: int = 10_000,
+    held_out: int = 2000,
+    roundtrip: RoundTrip | None = None,
+    samples: Pool | None = None,
+    device: str = "cpu",
+) -> None:
     """Train BLIP with its reward head on choices, -log sigmoid(r_winner - r_loser) (Xu et al. 2023), for the shares of
     people who would choose so.
 
@@ -183,11 +240,22 @@ def bert_tokenizer() -> BertTokenizer:
 def new_network(vocabulary: int) -> Network:
     """An untrained ImageReward of about 1.5 million parameters for 64x64 pixels."""
     side = VISION["image_size"] // VISION["patch_size"]
-    image = blip.ImageEncoder(VISION["hidden_size"], VISION["num_hidden_layers"], VISION["patch_size"], side**2 + 1,
-                              VISION["intermediate_size"])
-    text = blip.TextEncoder(vocabulary, MED["max_position_embeddings"], MED["hidden_size"], MED["num_hidden_layers"],
-                            VISION["hidden_size"], MED["intermediate_size"],
-                            blip.TextConfig(MED["num_attention_heads"], MED["layer_norm_eps"]))
+    image = blip.ImageEncoder(
+        VISION["hidden_size"],
+        VISION["num_hidden_layers"],
+        VISION["patch_size"],
+        side**2 + 1,
+        VISION["intermediate_size"],
+    )
+    text = blip.TextEncoder(
+        vocabulary,
+        MED["max_position_embeddings"],
+        MED["hidden_size"],
+        MED["num_hidden_layers"],
+        VISION["hidden_size"],
+        MED["intermediate_size"],
+        blip.TextConfig(MED["num_attention_heads"], MED["layer_norm_eps"]),
+    )
     for embedding in (text.embeddings["word_embeddings"], text.embeddings["position_embeddings"]):
         torch.nn.init.normal_(embedding.weight, std=0.02)
     return Network(image, text, head_layers(REWARD_HEAD))

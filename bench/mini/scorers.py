@@ -41,16 +41,34 @@ HEAD_SIZES = (PROJECTION, 128, 64, 32, 16, 1)
 RATING_NOISE = 0.7  # standard deviation of a person's rating on the scale of 1 to 10
 CLIP_STREAM, RATINGS_STREAM = 21, 22
 
-QUALITY_WORDS = {"fade": "faded", "oversaturation": "garish", "blotches": "blotchy",
-                 "displacement": "crooked", "shadow": "dark"}
+QUALITY_WORDS = {
+    "fade": "faded",
+    "oversaturation": "garish",
+    "blotches": "blotchy",
+    "displacement": "crooked",
+    "shadow": "dark",
+}
 """People mention what is striking; this is how CLIP comes to know quality, on which Aesthetic builds."""
 
 
 # --- CLIP: image and text find each other ---
 
-def train_clip(folder: Path, checkpoint: Path, tokenizer: CLIPTokenizer, *, seed: int = 0, steps: int = 6000,
-               batch_size: int = 128, lr: float = 1e-3, pool: int = 40_000, held_out: int = 2000,
-               roundtrip: RoundTrip | None = None, samples: Pool | None = None, device: str = "cpu") -> None:
+
+def train_clip(
+    folder: Path,
+    checkpoint: Path,
+    tokenizer: CLIPTokenizer,
+    *,
+    seed: int = 0,
+    steps: int = 6000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    pool: int = 40_000,
+    held_out: int = 2000,
+    roundtrip: RoundTrip | None = None,
+    samples: Pool | None = None,
+    device: str = "cpu",
+) -> None:
     """Contrastive training on drawings with alternative texts; saves a CLIPModel folder.
 
     Rows 2k and 2k + 1 of the pool differ in a few attributes and share a batch, so that details count.
@@ -72,8 +90,7 @@ def train_clip(folder: Path, checkpoint: Path, tokenizer: CLIPTokenizer, *, seed
         target = torch.arange(len(rows), device=device)
         return (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
 
-    model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="CLIP",
-                ema=0.995)
+    model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="CLIP", ema=0.995)
     save_clip(model, tokenizer, processor, folder)
     measure(CLIPScore.load(str(folder), device), folder, data, seed + 1, held_out, roundtrip)
 
@@ -94,8 +111,9 @@ def alternative_pool(seed: int, count: int) -> Pool:
 
 def alternative_text(drawing: Drawing, rng: np.random.Generator) -> str:
     """The caption, half of the time with words for the defects: "a faded, dark picture of a small ..."."""
-    strong = [QUALITY_WORDS[name] for name, severity in zip(world.DEFECTS, drawing.defects, strict=True)
-              if severity > 0.4]
+    strong = [
+        QUALITY_WORDS[name] for name, severity in zip(world.DEFECTS, drawing.defects, strict=True) if severity > 0.4
+    ]
     words = strong or (["clean"] if max(drawing.defects) < 0.2 else [])
     if not words or rng.random() < 0.5:
         return drawing.caption
@@ -104,10 +122,22 @@ def alternative_text(drawing: Drawing, rng: np.random.Generator) -> str:
 
 # --- PickScore: which of two images do people choose ---
 
-def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int = 0, steps: int = 4000,
-                    batch_size: int = 64, lr: float = 5e-4, pairs: int = 20_000, held_out: int = 2000,
-                    roundtrip: RoundTrip | None = None, samples: Pool | None = None,
-                    device: str = "cpu") -> None:
+
+def train_pickscore(
+    folder: Path,
+    checkpoint: Path,
+    clip_folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 4000,
+    batch_size: int = 64,
+    lr: float = 5e-4,
+    pairs: int = 20_000,
+    held_out: int = 2000,
+    roundtrip: RoundTrip | None = None,
+    samples: Pool | None = None,
+    device: str = "cpu",
+) -> None:
     """Fine-tune the miniature CLIP on choices between two images of one prompt (Kirstain et al. 2023).
 
     The probability of a choice is the softmax of exp(logit scale) * cosine over the two images; its target is the
@@ -129,8 +159,7 @@ def train_pickscore(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
         logits = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * cosine
         return cross_entropy(logits, chosen[rows[0::2] // 2].to(device))
 
-    model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint,
-                description="PickScore", ema=0.995)
+    model = fit(model, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="PickScore", ema=0.995)
     save_clip(model, clip.tokenizer, processor, folder)
     measure(PickScore.load(str(folder), device), folder, data, seed + 1, held_out, roundtrip)
 
@@ -143,10 +172,22 @@ def shares(utility: np.ndarray) -> np.ndarray:
 
 # --- Aesthetic: a rating from the frozen image embedding ---
 
-def train_aesthetic(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: int = 0, steps: int = 3000,
-                    batch_size: int = 512, lr: float = 1e-3, pool: int = 20_000, held_out: int = 2000,
-                    roundtrip: RoundTrip | None = None, samples: Pool | None = None,
-                    device: str = "cpu") -> None:
+
+def train_aesthetic(
+    folder: Path,
+    checkpoint: Path,
+    clip_folder: Path,
+    *,
+    seed: int = 0,
+    steps: int = 3000,
+    batch_size: int = 512,
+    lr: float = 1e-3,
+    pool: int = 20_000,
+    held_out: int = 2000,
+    roundtrip: RoundTrip | None = None,
+    samples: Pool | None = None,
+    device: str = "cpu",
+) -> None:
     """Regress noisy ratings on the miniature CLIP's normalised image embeddings; saves head.safetensors."""
     torch.manual_seed(seed)
     head = head_layers(HEAD_SIZES).to(device)
@@ -161,11 +202,12 @@ def train_aesthetic(folder: Path, checkpoint: Path, clip_folder: Path, *, seed: 
         torch.manual_seed(step)  # dropout
         return mse_loss(head(inputs[rows].to(device)).squeeze(1), ratings[rows].to(device))
 
-    trained = fit(head, loss, steps=steps, lr=lr, checkpoint=checkpoint,
-                  description="Aesthetic", ema=0.995)
+    trained = fit(head, loss, steps=steps, lr=lr, checkpoint=checkpoint, description="Aesthetic", ema=0.995)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"layers.{name}": value.contiguous() for name, value in trained.state_dict().items()},
-              folder / "head.safetensors")
+    save_file(
+        {f"layers.{name}": value.contiguous() for name, value in trained.state_dict().items()},
+        folder / "head.safetensors",
+    )
     scorer = Aesthetic.load(str(folder / "head.safetensors"), device, backbone=str(clip_folder))
     measure(scorer, folder, data, seed + 1, held_out, roundtrip)
 
@@ -177,18 +219,24 @@ def rating(aesthetics: np.ndarray) -> np.ndarray:
 
 # --- shared ---
 
+
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
     """A CLIP of about 1.4 million parameters for 64x64 pixels and the given vocabulary."""
-    vocabulary = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-                  "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     shared = {"projection_dim": PROJECTION}
     return CLIPConfig(text_config=TEXT | vocabulary | shared, vision_config=VISION | shared, **shared)
 
 
 def image_processor() -> CLIPImageProcessorPil:
     """CLIP's own preprocessing at the miniature's size."""
-    return CLIPImageProcessorPil(size={"shortest_edge": world.SIZE},
-                                 crop_size={"height": world.SIZE, "width": world.SIZE})
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": world.SIZE}, crop_size={"height": world.SIZE, "width": world.SIZE}
+    )
 
 
 def trainable(model: CLIPModel, device: str) -> CLIPModel:
@@ -197,8 +245,7 @@ def trainable(model: CLIPModel, device: str) -> CLIPModel:
     return model.requires_grad_(True).to(device)
 
 
-def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil,
-              folder: Path) -> None:
+def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, processor: CLIPImageProcessorPil, folder: Path) -> None:
     """Save in transformers' format, weights in half precision."""
     model = copy.deepcopy(model)
     with torch.no_grad():
@@ -228,12 +275,14 @@ def pick_pairs(seed: int, step: int, rows: int, count: int) -> np.ndarray:
 
 def tokenise(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Token ids, int64 [N, L], padded to the longest."""
-    return tokenizer(captions, padding=True, truncation=True, max_length=TEXT["max_position_embeddings"],
-                     return_tensors="pt").input_ids
+    return tokenizer(
+        captions, padding=True, truncation=True, max_length=TEXT["max_position_embeddings"], return_tensors="pt"
+    ).input_ids
 
 
-def embed(model: CLIPModel, processor: CLIPImageProcessorPil, images: np.ndarray, tokens: Tensor,
-          device: str) -> tuple[Tensor, Tensor]:
+def embed(
+    model: CLIPModel, processor: CLIPImageProcessorPil, images: np.ndarray, tokens: Tensor, device: str
+) -> tuple[Tensor, Tensor]:
     """Normalised fp32 embeddings of images uint8 [N, 64, 64, 3] and tokens [M, L], with gradients."""
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
@@ -243,8 +292,9 @@ def embed(model: CLIPModel, processor: CLIPImageProcessorPil, images: np.ndarray
     return normalize(image.float(), dim=-1), normalize(text.float(), dim=-1)
 
 
-def measure(scorer: Metric, folder: Path, taught: Pool, seed: int, count: int,
-            roundtrip: RoundTrip | None) -> dict[str, Any]:
+def measure(
+    scorer: Metric, folder: Path, taught: Pool, seed: int, count: int, roundtrip: RoundTrip | None
+) -> dict[str, Any]:
     """Store and return how often the scorer prefers the better of `count` held-out preference pairs.
 
     Beside accuracy.json stands training.json: who said what the images that it was `taught` are worth.
@@ -256,8 +306,10 @@ def measure(scorer: Metric, folder: Path, taught: Pool, seed: int, count: int,
     report = {}
     for name, pool in seen.items():
         scores = scorer.score(pool.images, pool.captions)
-        report[name] = {"pairwise": pairwise(scores, pool.utility),
-                        "pairwise_aesthetics": pairwise(scores, pool.aesthetics)}
+        report[name] = {
+            "pairwise": pairwise(scores, pool.utility),
+            "pairwise_aesthetics": pairwise(scores, pool.aesthetics),
+        }
     atomic_write(folder / "accuracy.json", json.dumps(report, indent=1) + "\n")
     atomic_write(folder / "training.json", json.dumps(labels(len(taught), taught.judged), indent=1) + "\n")
     return report

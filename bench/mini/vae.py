@@ -13,9 +13,17 @@ from bench.mini.fit import fit
 from bench.runtime.progress import track
 
 CONFIG: dict[str, Any] = {
-    "in_channels": 3, "out_channels": 3, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": (24, 48, 96, 96), "layers_per_block": 1,
-    "latent_channels": 4, "norm_num_groups": 8, "sample_size": 64, "mid_block_add_attention": False}
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": (24, 48, 96, 96),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "sample_size": 64,
+    "mid_block_add_attention": False,
+}
 KL_WEIGHT = 2e-4  # on the mean over latent elements: keeps latents near unit scale and smooth, costs no sharpness
 
 
@@ -39,8 +47,17 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return pixels.mean() + 0.15 * edges
 
 
-def train(pool: np.ndarray, folder: Path, checkpoint: Path, *, seed: int, steps: int, batch_size: int = 12,
-          lr: float = 2e-3, device: str = "cpu") -> AutoencoderKL:
+def train(
+    pool: np.ndarray,
+    folder: Path,
+    checkpoint: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int = 12,
+    lr: float = 2e-3,
+    device: str = "cpu",
+) -> AutoencoderKL:
     """Train on a pool of images uint8 [N, 64, 64, 3] and save to `folder`; goes on from `checkpoint`."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(**CONFIG).to(device)
@@ -66,8 +83,9 @@ def train(pool: np.ndarray, folder: Path, checkpoint: Path, *, seed: int, steps:
 @torch.inference_mode()
 def _latent_std(vae: AutoencoderKL, images: np.ndarray) -> torch.Tensor:
     device = next(vae.parameters()).device
-    return torch.cat([vae.encode(to_tensor(images[i:i + 64]).to(device)).latent_dist.mean
-                      for i in range(0, len(images), 64)]).std()
+    return torch.cat(
+        [vae.encode(to_tensor(images[i : i + 64]).to(device)).latent_dist.mean for i in range(0, len(images), 64)]
+    ).std()
 
 
 @torch.inference_mode()
@@ -76,7 +94,7 @@ def roundtrip(vae: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> n
     device = next(vae.parameters()).device
     out = []
     for start in track(range(0, len(images), batch_size), "round trips", unit="batch"):
-        batch = to_tensor(images[start:start + batch_size]).to(device)
+        batch = to_tensor(images[start : start + batch_size]).to(device)
         with torch.autocast(batch.device.type, torch.bfloat16):
             decoded = vae.decode(vae.encode(batch).latent_dist.mean).sample
         pixels = decoded.float().clamp(-1, 1).add(1).mul(127.5).round().byte()

@@ -39,12 +39,25 @@ HELD_OUT = ("held-out", 1000, 200)  # name, seed and number of the pairs of draw
 ALL, ORDER = "all", "order"  # in place of a model: the images of all models, and the models' means
 RESAMPLES, FEWEST, WORK = 500, 100, 8_000_000  # of more rows fewer resamples, about WORK rows in all
 SEEN = 0.25  # share of its images that two readers can read, below which a model has no place in their order
-COLUMNS = ("prompt_set", "guidance", "model", "quantity", "statistic", "first", "second", "value", "low", "high", "n",
-           "n_prompts")
+COLUMNS = (
+    "prompt_set",
+    "guidance",
+    "model",
+    "quantity",
+    "statistic",
+    "first",
+    "second",
+    "value",
+    "low",
+    "high",
+    "n",
+    "n_prompts",
+)
 IMAGE = ["prompt_set", "guidance", "model", "train_seed", "prompt", "seed"]
 
 
 # --- reading ---
+
 
 def read(images: np.ndarray, prompts: Sequence[str], judges: dict[str, Judge]) -> dict[str, np.ndarray]:
     """What every reader says of images uint8 [N, 64, 64, 3]: float32 [N] by "reader/quantity"."""
@@ -59,9 +72,15 @@ def read(images: np.ndarray, prompts: Sequence[str], judges: dict[str, Judge]) -
 
 def shown(asked: Sequence[world.Scene], drawn: Sequence[world.Scene]) -> dict[str, np.ndarray]:
     """Whether the asked background is drawn, and the share of the asked colours that are, place by place: [N] each."""
-    colours = [np.mean([place < len(seen.things) and seen.things[place].colour == thing.colour
-                        for place, thing in enumerate(wanted.things)])
-               for wanted, seen in zip(asked, drawn, strict=True)]
+    colours = [
+        np.mean(
+            [
+                place < len(seen.things) and seen.things[place].colour == thing.colour
+                for place, thing in enumerate(wanted.things)
+            ]
+        )
+        for wanted, seen in zip(asked, drawn, strict=True)
+    ]
     right = [wanted.background == seen.background for wanted, seen in zip(asked, drawn, strict=True)]
     return {"background": np.array(right, np.float32), "colours": np.array(colours, np.float32)}
 
@@ -74,20 +93,35 @@ def read_drawings(judges: dict[str, Judge]) -> pd.DataFrame:
     images, prompts = rendered(items), [item.caption for item in items]
     seen = vae.roundtrip(AutoencoderKL.from_pretrained(MINI_WEIGHTS / "pipeline" / "vae").eval(), images)
     known = {f"{TRUTH}/{quantity}": value for quantity, value in truth(items).items()}
-    return pd.concat([pd.DataFrame({
-        "prompt_set": name, "guidance": np.nan, "model": model, "train_seed": 0,
-        "prompt": [f"{index:04d}" for index in range(count) for _ in range(2)], "seed": np.tile([0, 1], count),
-        **read(pictures, prompts, judges), **known})
-        for model, pictures in (("drawings", images), ("round trips", seen))], ignore_index=True)
+    return pd.concat(
+        [
+            pd.DataFrame(
+                {
+                    "prompt_set": name,
+                    "guidance": np.nan,
+                    "model": model,
+                    "train_seed": 0,
+                    "prompt": [f"{index:04d}" for index in range(count) for _ in range(2)],
+                    "seed": np.tile([0, 1], count),
+                    **read(pictures, prompts, judges),
+                    **known,
+                }
+            )
+            for model, pictures in (("drawings", images), ("round trips", seen))
+        ],
+        ignore_index=True,
+    )
 
 
 def truth(items: Sequence[Drawing]) -> dict[str, np.ndarray]:
     """The quantities of drawings: float64 [N] by QUANTITIES."""
-    return {"utility": np.array([item.utility for item in items]),
-            "alignment": np.array([item.alignment for item in items]),
-            "aesthetics": np.array([item.aesthetics for item in items]),
-            **dict(zip(world.DEFECTS, np.array([item.defects for item in items]).T, strict=True)),
-            **shown([item.asked for item in items], [item.drawn for item in items])}
+    return {
+        "utility": np.array([item.utility for item in items]),
+        "alignment": np.array([item.alignment for item in items]),
+        "aesthetics": np.array([item.aesthetics for item in items]),
+        **dict(zip(world.DEFECTS, np.array([item.defects for item in items]).T, strict=True)),
+        **shown([item.asked for item in items], [item.drawn for item in items]),
+    }
 
 
 def read_runs(folders: Sequence[Path], judges: dict[str, Judge]) -> pd.DataFrame:
@@ -100,11 +134,20 @@ def read_runs(folders: Sequence[Path], judges: dict[str, Judge]) -> pd.DataFrame
         if not paths:
             raise BenchError(f"{folder} has no images of the prompts in {folder.parents[1] / 'prompts.json'}")
         names = [path.stem.rpartition("-") for path in paths]
-        parts.append(pd.DataFrame({
-            **identity, "prompt": [name for name, _, _ in names], "seed": [int(seed) for _, _, seed in names],
-            **read(read_images(paths), [texts[name] for name, _, _ in names], judges)}))
-    return pd.concat([_shared_prompts(rows) for _, rows in
-                      pd.concat(parts, ignore_index=True).groupby(["prompt_set", "guidance"])], ignore_index=True)
+        parts.append(
+            pd.DataFrame(
+                {
+                    **identity,
+                    "prompt": [name for name, _, _ in names],
+                    "seed": [int(seed) for _, _, seed in names],
+                    **read(read_images(paths), [texts[name] for name, _, _ in names], judges),
+                }
+            )
+        )
+    return pd.concat(
+        [_shared_prompts(rows) for _, rows in pd.concat(parts, ignore_index=True).groupby(["prompt_set", "guidance"])],
+        ignore_index=True,
+    )
 
 
 def image_folders(runs: Sequence[Path]) -> Iterator[tuple[Path, dict]]:
@@ -122,9 +165,12 @@ def image_folders(runs: Sequence[Path]) -> Iterator[tuple[Path, dict]]:
             raise UsageError(f"{run} has no images yet; finish it with `bench run --resume {run.name}`")
         for folder in found:
             checkpoint = folder.name.removeprefix("iter")
-            identity = {"prompt_set": folder.parents[1].name, "guidance": float(folder.parent.name[1:]),
-                        "model": "base" if checkpoint == "0" else f"{method}-{checkpoint}",
-                        "train_seed": 0 if checkpoint == "0" else protocol["seed"]}
+            identity = {
+                "prompt_set": folder.parents[1].name,
+                "guidance": float(folder.parent.name[1:]),
+                "model": "base" if checkpoint == "0" else f"{method}-{checkpoint}",
+                "train_seed": 0 if checkpoint == "0" else protocol["seed"],
+            }
             if tuple(identity.values()) not in seen:
                 seen.add(tuple(identity.values()))
                 yield folder, identity
@@ -147,6 +193,7 @@ def _shared_prompts(rows: pd.DataFrame) -> pd.DataFrame:
 
 # --- comparing ---
 
+
 def warrant(images: pd.DataFrame) -> pd.DataFrame:
     """Readings of images (columns IMAGE and "reader/quantity") as tidy rows, columns COLUMNS.
 
@@ -154,15 +201,22 @@ def warrant(images: pd.DataFrame) -> pd.DataFrame:
     first; of the model "order": "spearman" and "kendall" of the models' means. [low, high]: 95 % interval, percentiles
     of the bootstrap over prompts. n: images, or models; where a reader cannot read an image, pairs leave it out.
     """
-    rows = [(*setting, *row) for setting, group in images.groupby(["prompt_set", "guidance"], sort=False, dropna=False)
-            for quantity in QUANTITIES for row in _compared(group, quantity)]
+    rows = [
+        (*setting, *row)
+        for setting, group in images.groupby(["prompt_set", "guidance"], sort=False, dropna=False)
+        for quantity in QUANTITIES
+        for row in _compared(group, quantity)
+    ]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def _compared(group: pd.DataFrame, quantity: str) -> Iterator[tuple]:
     """The rows of one quantity in one setting."""
-    readers = [reader for reader in (TRUTH, *READERS)
-               if f"{reader}/{quantity}" in group and group[f"{reader}/{quantity}"].notna().any()]
+    readers = [
+        reader
+        for reader in (TRUTH, *READERS)
+        if f"{reader}/{quantity}" in group and group[f"{reader}/{quantity}"].notna().any()
+    ]
     models = list(dict.fromkeys(group["model"]))
     for model in (ALL, *models) if len(models) > 1 else models:
         rows = group if model == ALL else group[group["model"] == model]
@@ -179,8 +233,10 @@ def _compared(group: pd.DataFrame, quantity: str) -> Iterator[tuple]:
         if both["model"].nunique() < 3:
             continue
         one, other = (_means_of_models(both, f"{reader}/{quantity}") for reader in (first, second))
-        for name, drawn in (("spearman", _pearson(rankdata(one, axis=1), rankdata(other, axis=1))),
-                            ("kendall", _kendall(one, other))):
+        for name, drawn in (
+            ("spearman", _pearson(rankdata(one, axis=1), rankdata(other, axis=1))),
+            ("kendall", _kendall(one, other)),
+        ):
             yield ORDER, quantity, name, first, second, *_interval(drawn), one.shape[1], both["prompt"].nunique()
 
 
@@ -243,8 +299,9 @@ def _interval(drawn: np.ndarray) -> tuple[float, float, float]:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("results/measured/judge.csv"),
-              show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("results/measured/judge.csv"), show_default=True
+)
 @click.option("--device", default="cpu", show_default=True)
 def main(runs: tuple[Path, ...], output: Path, device: str) -> None:
     """Compare both judges and the pixel measures on the images of finished RUNS (folders below results/runs)."""

@@ -30,13 +30,15 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
-def load_pipeline(weights: str | Path, device: str | torch.device = "cpu",
-                  dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+def load_pipeline(
+    weights: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
     """Load a pipeline without its safety checker; `weights` as `weights_folder` knows them."""
     folder = weights_folder(weights)
     try:
         pipe = StableDiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, requires_safety_checker=False, **UNUSED)
+            folder, local_files_only=True, requires_safety_checker=False, **UNUSED
+        )
     except Exception as error:
         reason = first_line(error)
         raise BenchError(f"{weights} does not load as a StableDiffusionPipeline: {reason}") from error
@@ -60,8 +62,9 @@ def weights_folder(weights: str | Path) -> Path:
     _expect_class(weights, index, StableDiffusionPipeline)
     missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
     if missing:
-        raise BenchError(f"{weights}: expected a folder for each of {', '.join(COMPONENTS)}, "
-                         f"found none for {', '.join(missing)}")
+        raise BenchError(
+            f"{weights}: expected a folder for each of {', '.join(COMPONENTS)}, found none for {', '.join(missing)}"
+        )
     return folder
 
 

@@ -68,8 +68,10 @@ def merge(unet: UNet2DConditionModel) -> None:
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the adapter alone, for `pipe.load_lora_weights(folder)` on the weights it was trained from."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {PREFIX + name.replace(".default.", "."): weight.detach().cpu().contiguous()
-               for name, weight in _weights(unet).items()}
+    weights = {
+        PREFIX + name.replace(".default.", "."): weight.detach().cpu().contiguous()
+        for name, weight in _weights(unet).items()
+    }
     save_file(weights, folder / FILE)
 
 

@@ -51,9 +51,11 @@ def architecture(weights: str) -> Architecture:
         folder = _hub_configs(weights) if is_hub_id(weights) else models.weights_folder(weights)
         configs = {part: _read(folder / part / "config.json") for part in PARTS}
     with torch.device("meta"):
-        return Architecture(UNet2DConditionModel.from_config(configs["unet"]),
-                            AutoencoderKL.from_config(configs["vae"]),
-                            CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+        return Architecture(
+            UNet2DConditionModel.from_config(configs["unet"]),
+            AutoencoderKL.from_config(configs["vae"]),
+            CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        )
 
 
 def _hub_configs(weights: str) -> Path:
@@ -63,8 +65,9 @@ def _hub_configs(weights: str) -> Path:
         return Path(snapshot_download(weights, allow_patterns=["*/config.json"]))
     except Exception as error:  # the hub's client raises errors of several libraries
         cause = first_line(error)
-        raise BenchError(f"{weights}: no such folder, and its configuration cannot be read from the hub: {cause}"
-                         ) from error
+        raise BenchError(
+            f"{weights}: no such folder, and its configuration cannot be read from the hub: {cause}"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

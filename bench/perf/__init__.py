@@ -23,8 +23,9 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy")
 Row = dict[str, Any]
 
 
-def interleave(work: Mapping[str, Callable[[], float]], repeats: int, device: torch.device,
-               description: str) -> dict[str, list[float]]:
+def interleave(
+    work: Mapping[str, Callable[[], float]], repeats: int, device: torch.device, description: str
+) -> dict[str, list[float]]:
     """Rates of each kind of work, `repeats` times in turn after one round that does not count.
 
     Each callable does its work once and returns how much it was; a rate is that over its seconds.
@@ -46,9 +47,14 @@ def interleave(work: Mapping[str, Callable[[], float]], repeats: int, device: to
 def compared(rates: Mapping[str, Sequence[float]], ours: str, baseline: str, unit: str) -> Row:
     """Median rates, and the ratio turn by turn: its median, smallest and largest."""
     ratios = [mine / theirs for mine, theirs in zip(rates[ours], rates[baseline], strict=True)]
-    return {unit: statistics.median(rates[ours]), f"{unit}_baseline": statistics.median(rates[baseline]),
-            "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "repeats": len(ratios)}
+    return {
+        unit: statistics.median(rates[ours]),
+        f"{unit}_baseline": statistics.median(rates[baseline]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "repeats": len(ratios),
+    }
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
@@ -90,8 +96,13 @@ def render(record: Mapping[str, Any], layout: str) -> str:
         return sink.getvalue().rstrip("\n")
     cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.rjust(width) if column else cell.ljust(width)
-                       for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
     told = {name: value for name, value in record["protocol"].items() if name not in ("versions", "git_commit")}
     return "\n".join([*lines, "", *(f"{name}: {_cell(value)}" for name, value in told.items())])
 

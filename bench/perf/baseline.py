@@ -36,8 +36,13 @@ class Recipe:
 class Baseline:
     """One optimizer step at a time. Takes over `policy`; the pipeline's other parts are only read."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, policy: UNet2DConditionModel, recipe: Recipe,
-                 precision: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        policy: UNet2DConditionModel,
+        recipe: Recipe,
+        precision: torch.dtype = torch.float32,
+    ):
         self.vae, self.text_encoder, self.tokenizer = pipe.vae, pipe.text_encoder, pipe.tokenizer
         self.recipe, self.precision, self.device = recipe, precision, policy.device
         self.policy = policy.train()
@@ -79,11 +84,16 @@ class Baseline:
         """Encode images and prompts, and add noise: one draw of noise and timestep for both sides of a pair."""
         sides = len(pixels) // len(prompts)
         latents = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.sample() * self.vae.config.scaling_factor
-        noise = torch.randn_like(latents[:len(prompts)]).repeat(sides, 1, 1, 1)
+        noise = torch.randn_like(latents[: len(prompts)]).repeat(sides, 1, 1, 1)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, (len(prompts),), device=self.device).repeat(sides)
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=self.tokenizer.model_max_length).input_ids.to(self.device)
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            max_length=self.tokenizer.model_max_length,
+        ).input_ids.to(self.device)
         context = self.text_encoder(tokens)[0].repeat(sides, 1, 1)
         return self.scheduler.add_noise(latents, noise, timesteps), noise, timesteps, context
 

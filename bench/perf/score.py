@@ -35,20 +35,37 @@ def measure(setting: Setting) -> dict[str, Any]:
     groups = {name: {name: metric} for name, metric in scorers.metrics.items()}
     if len(groups) > 1:
         groups[f"all {len(groups)}"] = dict(scorers.metrics)
-    rows = [{"scorer": label, **_measure(group, images, drawn.prompts, setting, device, label)}
-            for label, group in groups.items()]
-    return {"protocol": protocol(
-        device, command="bench perf score", images=setting.images, image_size=list(images[0].size),
-        distinct_prompts=len(set(drawn.prompts)), repeats=setting.repeats, metrics=scorers.info(),
-        ours="all images at once: batches, equal encoders shared, each prompt embedded once",
-        baseline="image after image with its prompt through each scorer, the models loaded once "
-                 "(the hpsv2 package loads its model for every call: that is not counted)",
-        unit="decoded images per second", ratios="turn by turn, interleaved; median, smallest and largest"),
-        "rows": rows}
+    rows = [
+        {"scorer": label, **_measure(group, images, drawn.prompts, setting, device, label)}
+        for label, group in groups.items()
+    ]
+    return {
+        "protocol": protocol(
+            device,
+            command="bench perf score",
+            images=setting.images,
+            image_size=list(images[0].size),
+            distinct_prompts=len(set(drawn.prompts)),
+            repeats=setting.repeats,
+            metrics=scorers.info(),
+            ours="all images at once: batches, equal encoders shared, each prompt embedded once",
+            baseline="image after image with its prompt through each scorer, the models loaded once "
+            "(the hpsv2 package loads its model for every call: that is not counted)",
+            unit="decoded images per second",
+            ratios="turn by turn, interleaved; median, smallest and largest",
+        ),
+        "rows": rows,
+    }
 
 
-def _measure(metrics: Mapping[str, Metric], images: Sequence[Image.Image], prompts: Sequence[str], setting: Setting,
-             device: torch.device, label: str) -> dict[str, Any]:
+def _measure(
+    metrics: Mapping[str, Metric],
+    images: Sequence[Image.Image],
+    prompts: Sequence[str],
+    setting: Setting,
+    device: torch.device,
+    label: str,
+) -> dict[str, Any]:
     together = Scorers(metrics)
 
     def batched() -> float:

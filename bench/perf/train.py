@@ -50,15 +50,27 @@ def measure(setting: Setting) -> dict[str, Any]:
     pipe = models.load_pipeline(setting.model, device, dtype)
     rows = [_measure(name, setting, pipe, accelerator) for name in setting.methods]
     micro = setting.micro_batch or setting.batch_size
-    return {"protocol": protocol(
-        device, command="bench perf train", model=setting.model, precision=setting.precision,
-        batch_size=setting.batch_size, micro_batch=micro, baseline_micro_batch=setting.baseline_micro_batch,
-        optimizer_steps=setting.steps, repeats=setting.repeats, unit="pairs per second (sft: images per second)",
-        ours="the shared training loop on cached latents and prompt embeddings",
-        baseline="published recipe: VAE and text encoder in every step, no cache, no compilation; images come decoded",
-        floor="UNet operations of the policy forward and backward and the reference forward, at the rate of a large "
-              f"matrix product in {setting.precision} measured in the same turns",
-        ratios="turn by turn, interleaved; median, smallest and largest"), "rows": rows}
+    return {
+        "protocol": protocol(
+            device,
+            command="bench perf train",
+            model=setting.model,
+            precision=setting.precision,
+            batch_size=setting.batch_size,
+            micro_batch=micro,
+            baseline_micro_batch=setting.baseline_micro_batch,
+            optimizer_steps=setting.steps,
+            repeats=setting.repeats,
+            unit="pairs per second (sft: images per second)",
+            ours="the shared training loop on cached latents and prompt embeddings",
+            baseline="published recipe: VAE and text encoder in every step, no cache, no compilation; images come "
+            "decoded",
+            floor="UNet operations of the policy forward and backward and the reference forward, at the rate of a "
+            f"large matrix product in {setting.precision} measured in the same turns",
+            ratios="turn by turn, interleaved; median, smallest and largest",
+        ),
+        "rows": rows,
+    }
 
 
 def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, accelerator: Accelerator) -> dict[str, Any]:
@@ -66,17 +78,24 @@ def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, acceler
     method = build_method(name, Iteration(steps=1, lr=LR, **own))
     paired, device, dtype = method.pairing is not Pairing.WINNER, accelerator.device, models.DTYPES[setting.precision]
     images, prompts = _batch(pipe, setting.batch_size, sides=2 if paired else 1)
-    work = {"ours": _ours(method, setting, pipe, images, prompts, accelerator),
-            "baseline": _baseline(paired, setting, pipe, images, prompts, dtype),
-            "matmul": matmul_flops(device, dtype)}
+    work = {
+        "ours": _ours(method, setting, pipe, images, prompts, accelerator),
+        "baseline": _baseline(paired, setting, pipe, images, prompts, dtype),
+        "matmul": matmul_flops(device, dtype),
+    }
     rates = interleave(work, setting.repeats, device, f"{name}: ours, baseline, matmul")
     per_sample = _floor(method, pipe)
     row = compared(rates, "ours", "baseline", "pairs_per_s")
     peak = statistics.median(rates["matmul"])
     used = [rate * per_sample / matmul for rate, matmul in zip(rates["ours"], rates["matmul"], strict=True)]
-    row |= {"pairs_per_s_floor": peak / per_sample, "ratio_to_floor": statistics.median(used),
-            "ratio_to_floor_min": min(used), "ratio_to_floor_max": max(used),
-            "gflop_per_pair": per_sample / 1e9, "matmul_gflop_per_s": peak / 1e9}
+    row |= {
+        "pairs_per_s_floor": peak / per_sample,
+        "ratio_to_floor": statistics.median(used),
+        "ratio_to_floor_min": min(used),
+        "ratio_to_floor_max": max(used),
+        "gflop_per_pair": per_sample / 1e9,
+        "matmul_gflop_per_s": peak / 1e9,
+    }
     return {"method": name, **row}
 
 
@@ -97,8 +116,14 @@ def _batch(pipe: StableDiffusionPipeline, size: int, sides: int) -> tuple[list[n
     return images, [f"a large red circle above {number} small blue squares" for number in range(size)]
 
 
-def _ours(method: Method, setting: Setting, pipe: StableDiffusionPipeline, images: list[np.ndarray],
-          prompts: list[str], accelerator: Accelerator):
+def _ours(
+    method: Method,
+    setting: Setting,
+    pipe: StableDiffusionPipeline,
+    images: list[np.ndarray],
+    prompts: list[str],
+    accelerator: Accelerator,
+):
     """Work for `interleave`: the shared loop, encoding done beforehand as in a run."""
     with quiet():
         latents = [encode_images(pipe.vae, lambda rows, side=side: side[list(rows)], len(side)) for side in images]
@@ -106,9 +131,15 @@ def _ours(method: Method, setting: Setting, pipe: StableDiffusionPipeline, image
     data = TrainData(latents[0], latents[1] if len(latents) > 1 else None, embeddings)
     policy = copy.deepcopy(pipe.unet).float()
     reference = copy.deepcopy(policy) if method.needs_reference else None
-    settings = TrainSettings(steps=setting.steps, lr=LR, batch_size=setting.batch_size,
-                             micro_batch=setting.micro_batch or setting.batch_size, log_every=setting.steps,
-                             precision=setting.precision, stop_on_collapse=False)
+    settings = TrainSettings(
+        steps=setting.steps,
+        lr=LR,
+        batch_size=setting.batch_size,
+        micro_batch=setting.micro_batch or setting.batch_size,
+        log_every=setting.steps,
+        precision=setting.precision,
+        stop_on_collapse=False,
+    )
 
     def run() -> float:
         train(policy, reference, method, data, settings, pipe.scheduler, SEED, accelerator)
@@ -117,8 +148,14 @@ def _ours(method: Method, setting: Setting, pipe: StableDiffusionPipeline, image
     return run
 
 
-def _baseline(paired: bool, setting: Setting, pipe: StableDiffusionPipeline, images: list[np.ndarray],
-              prompts: list[str], dtype: torch.dtype):
+def _baseline(
+    paired: bool,
+    setting: Setting,
+    pipe: StableDiffusionPipeline,
+    images: list[np.ndarray],
+    prompts: list[str],
+    dtype: torch.dtype,
+):
     """Work for `interleave`: the published recipe on the same images."""
     pixels = [torch.from_numpy(side).permute(0, 3, 1, 2).float() / 127.5 - 1 for side in images]
     recipe = Recipe(paired, setting.batch_size, setting.baseline_micro_batch, lr=LR)

@@ -22,13 +22,16 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: what batch systems and launchers send."""
 
     def __str__(self) -> str:
-        return ("stopped by SIGTERM (from the batch system, or from the launcher because another process ended: then "
-                "its report names that one)")
+        return (
+            "stopped by SIGTERM (from the batch system, or from the launcher because another process ended: then "
+            "its report names that one)"
+        )
 
 
 @contextmanager
 def stopping_in_order() -> Iterator[None]:
     """Let SIGTERM unwind the block like Ctrl-C, so that what is half done is put away and said."""
+
     def stop(number: int, frame: Any) -> None:
         raise Terminated
 
@@ -53,9 +56,13 @@ def explained(error: Exception) -> str | None:
     if number in FULL or any(text in said for text in SAYS_FULL):
         return f"the disk is full{where}: make room, or start where there is more; {GO_ON} ({first_line(error)})"
     if number in FORBIDDEN:
-        return (f"{place or 'a file'} cannot be written or read ({first_line(error)}): change its mode, or start "
-                "in a folder of your own")
+        return (
+            f"{place or 'a file'} cannot be written or read ({first_line(error)}): change its mode, or start "
+            "in a folder of your own"
+        )
     if isinstance(error, MemoryError) or any(text in said for text in SAYS_MEMORY):
-        return ("out of memory: take a smaller train.micro_batch (the numbers stay the same), then smaller batch_size "
-                f"of evaluation, opponent and data; {GO_ON} ({first_line(error)})")
+        return (
+            "out of memory: take a smaller train.micro_batch (the numbers stay the same), then smaller batch_size "
+            f"of evaluation, opponent and data; {GO_ON} ({first_line(error)})"
+        )
     return None

@@ -43,8 +43,11 @@ def accelerator(mixed_precision: str) -> Accelerator:
     from accelerate.utils import InitProcessGroupKwargs
 
     # without a GPU, accelerate lets every process run on its own unless it is told to use the CPU
-    made = Accelerator(cpu=count() > 1 and not torch.accelerator.is_available(), mixed_precision=mixed_precision,
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    made = Accelerator(
+        cpu=count() > 1 and not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     if made.num_processes != count():
         raise BenchError(f"the launcher started {count()} processes, of which {made.num_processes} found each other")
     return made
@@ -72,7 +75,7 @@ class Processes:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of a list that all have."""
-        return items[self.index::self.count]
+        return items[self.index :: self.count]
 
     def wait(self) -> None:
         """Go on when all have come here."""
@@ -87,8 +90,10 @@ class Processes:
         deadline = time.monotonic() + SEEN_WITHIN
         while not seen():
             if self.count == 1 or time.monotonic() > deadline:
-                raise BenchError(f"process {self.index} on {socket.gethostname()} does not see all of "
-                                 f"{folder.absolute()}: all hosts must share the folder that bench is started in")
+                raise BenchError(
+                    f"process {self.index} on {socket.gethostname()} does not see all of "
+                    f"{folder.absolute()}: all hosts must share the folder that bench is started in"
+                )
             time.sleep(0.1)
 
     def end(self) -> None:
@@ -130,8 +135,9 @@ def _first_to_fail() -> bool:
     from torch.distributed import TCPStore
 
     try:
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                         timeout=timedelta(seconds=10))
+        store = TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
         return store.add(f"bench/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except (KeyError, ValueError, RuntimeError):
         return True  # nobody to ask

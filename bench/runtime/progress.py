@@ -25,16 +25,29 @@ def quiet() -> Iterator[None]:
         _silent = outer
 
 
-def track(iterable: Iterable[T] | None = None, description: str = "", total: int | None = None,
-          unit: str = "it", initial: int = 0) -> tqdm:
+def track(
+    iterable: Iterable[T] | None = None,
+    description: str = "",
+    total: int | None = None,
+    unit: str = "it",
+    initial: int = 0,
+) -> tqdm:
     """Wrap an iterable in a progress bar on stderr (with ETA); without one, the caller advances the bar.
     `initial` counts what an earlier, interrupted call had done.
 
     Where stderr is not a terminal the bar is redrawn rarely, so that log files stay short. Of several processes
     only the main one draws.
     """
-    bar = tqdm(iterable, desc=description, total=total, unit=unit, initial=initial,
-               dynamic_ncols=True, mininterval=0.2, disable=_silent or processes.index() > 0)
+    bar = tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        unit=unit,
+        initial=initial,
+        dynamic_ncols=True,
+        mininterval=0.2,
+        disable=_silent or processes.index() > 0,
+    )
     if not bar.disable and not bar.fp.isatty():
         bar.mininterval = 10.0
     return bar

@@ -10,13 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from bench.errors import BenchError, UsageError, did_you_mean
@@ -37,29 +31,60 @@ Output = Literal["images", "latents", "roundtrip"]
 Key = tuple[int, str]  # seed and prompt: all that a sample depends on
 
 
-def sample(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
-           seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16, output: Output = "images",
-           unet: UNet2DConditionModel | None = None, name: str = "model",
-           description: str = "sampling") -> np.ndarray:
+def sample(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    guidance: float,
+    steps: int,
+    seeds: Sequence[int],
+    scheduler: str = "ddim",
+    batch_size: int = 16,
+    output: Output = "images",
+    unet: UNet2DConditionModel | None = None,
+    name: str = "model",
+    description: str = "sampling",
+) -> np.ndarray:
     """Sample every prompt with every seed; row `p * len(seeds) + s` belongs to prompt p and seed s.
 
     The other arguments and the result are those of `Sampler`, for all rows at once.
     """
-    batches = sample_batches(pipe, prompts, guidance=guidance, steps=steps, seeds=seeds, scheduler=scheduler,
-                             batch_size=batch_size, output=output, unet=unet, name=name, description=description)
+    batches = sample_batches(
+        pipe,
+        prompts,
+        guidance=guidance,
+        steps=steps,
+        seeds=seeds,
+        scheduler=scheduler,
+        batch_size=batch_size,
+        output=output,
+        unet=unet,
+        name=name,
+        description=description,
+    )
     return np.concatenate(list(batches))
 
 
-def sample_batches(pipe: StableDiffusionPipeline, prompts: Sequence[str], *, guidance: float, steps: int,
-                   seeds: Sequence[int], scheduler: str = "ddim", batch_size: int = 16, output: Output = "images",
-                   unet: UNet2DConditionModel | None = None, name: str = "model",
-                   description: str = "sampling") -> Iterator[np.ndarray]:
+def sample_batches(
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    guidance: float,
+    steps: int,
+    seeds: Sequence[int],
+    scheduler: str = "ddim",
+    batch_size: int = 16,
+    output: Output = "images",
+    unet: UNet2DConditionModel | None = None,
+    name: str = "model",
+    description: str = "sampling",
+) -> Iterator[np.ndarray]:
     """As `sample`, but yield the rows batch by batch, so that they can be written while others are made."""
     sampler = Sampler(pipe, guidance=guidance, steps=steps, scheduler=scheduler, output=output, unet=unet, name=name)
     rows = keys(prompts, seeds)
     with track(description=description, total=len(rows), unit="image") as bar:
         for start in range(0, len(rows), batch_size):
-            batch = rows[start:start + batch_size]
+            batch = rows[start : start + batch_size]
             yield sampler(batch)
             bar.update(len(batch))
 
@@ -84,11 +109,21 @@ class Sampler:
     or white, and be scored.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline, *, guidance: float, steps: int, scheduler: str = "ddim",
-                 output: Output = "images", unet: UNet2DConditionModel | None = None, name: str = "model"):
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        *,
+        guidance: float,
+        steps: int,
+        scheduler: str = "ddim",
+        output: Output = "images",
+        unet: UNet2DConditionModel | None = None,
+        name: str = "model",
+    ):
         if scheduler not in SCHEDULERS:
-            raise UsageError(f"unknown scheduler '{scheduler}'{did_you_mean(scheduler, SCHEDULERS)}; "
-                             f"known: {', '.join(SCHEDULERS)}")
+            raise UsageError(
+                f"unknown scheduler '{scheduler}'{did_you_mean(scheduler, SCHEDULERS)}; known: {', '.join(SCHEDULERS)}"
+            )
         if not math.isfinite(guidance):
             raise UsageError(f"guidance must be a finite number, got {guidance}")
         self.pipe, self.guidance, self.steps, self.output, self.name = pipe, guidance, steps, output, name
@@ -123,7 +158,8 @@ class Sampler:
                 raise BenchError(
                     f"{self.name}: what its {part} makes of {shorten(prompt, 80)!r} (seed {seed}, guidance "
                     f"{self.guidance:g}) is not finite, as of {int((~rows).sum())} of {len(rows)} in the batch; check "
-                    "its weights, train with a lower lr, or set model.dtype=fp32 if it is fp16, which overflows")
+                    "its weights, train with a lower lr, or set model.dtype=fp32 if it is fp16, which overflows"
+                )
 
     def _context(self, batch: Sequence[Key]) -> Tensor:
         """Prompt embeddings `[B, L, D]`; a prompt that several seeds share is encoded once."""
@@ -145,8 +181,15 @@ def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def _denoise(unet: UNet2DConditionModel, solver: DDIMScheduler | PNDMScheduler | DDPMScheduler,
-             context: Tensor, null: Tensor, chosen: Sequence[Key], guidance: float, steps: int) -> Tensor:
+def _denoise(
+    unet: UNet2DConditionModel,
+    solver: DDIMScheduler | PNDMScheduler | DDPMScheduler,
+    context: Tensor,
+    null: Tensor,
+    chosen: Sequence[Key],
+    guidance: float,
+    steps: int,
+) -> Tensor:
     """Run the reverse process on one batch; the latents stay in fp32 whatever the UNet's precision."""
     guided = guidance != 1
     context = context.to(unet.device, unet.dtype)

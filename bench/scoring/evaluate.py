@@ -33,7 +33,7 @@ BLOCK = 256  # prompts scored in one call: a multiple of what any metric takes a
 CHUNK = 256  # images whose pixels are kept for all metrics: 0.6 MB each and size of image that a metric reads
 THREADS = 8  # that decode images
 SATURATED = 0.99  # share of an image's values at 0 or 255 above which it shows nothing; the most in 168 samples of the
-                  # miniature is 0.09, at guidance 3
+# miniature is 0.09, at guidance 3
 COLUMNS = ("run", "method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric", "value")
 
 
@@ -44,8 +44,9 @@ class Scorers:
     metrics: Mapping[str, Metric]
 
     @classmethod
-    def load(cls, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None,
-             device: str = "cpu") -> Scorers:
+    def load(
+        cls, names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None, device: str = "cpu"
+    ) -> Scorers:
         """Load the metrics a suite names; `options` holds keyword arguments of `Metric.load` by metric."""
         _expect_device(device)
         chosen = {name: {"device": device, **(options or {}).get(name, {})} for name in names}
@@ -67,7 +68,7 @@ class Scorers:
         check_lengths(images, prompts)
         parts: dict[str, list[np.ndarray]] = {column.name: [np.empty(0, np.float32)] for column in self.columns}
         for start in range(0, len(prompts), CHUNK):
-            chunk, asked = images[start:start + CHUNK], prompts[start:start + CHUNK]
+            chunk, asked = images[start : start + CHUNK], prompts[start : start + CHUNK]
             with shared():
                 for metric in self.metrics.values():
                     for name, values in metric.table_scores(chunk, asked).items():
@@ -108,15 +109,21 @@ def _expect_device(device: str) -> None:
 def _expect_finite(name: str, values: np.ndarray, prompts: Sequence[str]) -> None:
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        raise BenchError(f"{name}: {len(bad)} of {len(values)} scores are not finite, first {values[bad[0]]} for "
-                         f"{shorten(prompts[bad[0]], 80)!r}; check the scorer's weights, or leave it out")
+        raise BenchError(
+            f"{name}: {len(bad)} of {len(values)} scores are not finite, first {values[bad[0]]} for "
+            f"{shorten(prompts[bad[0]], 80)!r}; check the scorer's weights, or leave it out"
+        )
 
 
-def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int],
-               identity: Mapping[str, Any]) -> pd.DataFrame:
+def table_rows(
+    scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seeds: Sequence[int], identity: Mapping[str, Any]
+) -> pd.DataFrame:
     """Long rows of scores [P * S] in the sampler's order; `identity` holds the columns equal in all."""
-    images = {**identity, "prompt_id": np.repeat(np.asarray(prompt_ids, dtype=object), len(seeds)),
-              "seed": np.tile(np.asarray(seeds, dtype=np.int64), len(prompt_ids))}
+    images = {
+        **identity,
+        "prompt_id": np.repeat(np.asarray(prompt_ids, dtype=object), len(seeds)),
+        "seed": np.tile(np.asarray(seeds, dtype=np.int64), len(prompt_ids)),
+    }
     parts = [pd.DataFrame({**images, "metric": name, "value": values}) for name, values in scores.items()]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
     return table[list(COLUMNS)]
@@ -124,14 +131,18 @@ def table_rows(scores: Mapping[str, np.ndarray], prompt_ids: Sequence[str], seed
 
 def blank(images: np.ndarray) -> np.ndarray:
     """Which of uint8 [N, H, W, 3] show nothing, bool [N]: one colour all over, or nearly every value at 0 or 255."""
-    return np.array([((image == 0) | (image == 255)).mean() > SATURATED or bool((image == image[0, 0]).all())
-                     for image in images], dtype=bool)
+    return np.array(
+        [((image == 0) | (image == 255)).mean() > SATURATED or bool((image == image[0, 0]).all()) for image in images],
+        dtype=bool,
+    )
 
 
 def blank_warning(result: str, chosen: Sequence[str], total: int) -> str:
     """One line about the prompts `chosen` whose images show nothing, of so many images in all."""
-    return (f"{result}: {len(chosen)} of {total} images show nothing (one colour, or over {SATURATED:.0%} of their "
-            f"values at 0 or 255), the first for {shorten(chosen[0], 80)!r}")
+    return (
+        f"{result}: {len(chosen)} of {total} images show nothing (one colour, or over {SATURATED:.0%} of their "
+        f"values at 0 or 255), the first for {shorten(chosen[0], 80)!r}"
+    )
 
 
 def image_folder(run_folder: Path, prompt_set: str, guidance: float, result: Result) -> Path:

@@ -52,6 +52,7 @@ class Item:
 
 # --- which image belongs to which prompt ---
 
+
 def collect(folder: Path, prompts: Path | None) -> list[Item]:
     """Pair the images of a folder with a prompts file (by default one in the folder).
 
@@ -97,16 +98,19 @@ def _problem(folder: Path, name: str) -> str:
 def _in_order(folder: Path, found: Sequence[str], prompts: Sequence[str]) -> list[Item]:
     """Image by image in order of the names; prompts left over become rows without an image."""
     items = [Item(name, folder / name, prompt) for name, prompt in zip(found, prompts, strict=False)]
-    return items + [Item("", folder, prompt, "no image for this prompt") for prompt in prompts[len(found):]]
+    return items + [Item("", folder, prompt, "no image for this prompt") for prompt in prompts[len(found) :]]
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     """Columns prompt and, where the file has it, file_name; both text."""
     if not path.is_file():
         raise BenchError(f"prompts file not found: {path}")
-    readers = {".txt": lambda p: pd.DataFrame({"prompt": p.read_text(encoding="utf-8").splitlines()}),
-               ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False), ".parquet": pd.read_parquet,
-               ".jsonl": _read_jsonl}
+    readers = {
+        ".txt": lambda p: pd.DataFrame({"prompt": p.read_text(encoding="utf-8").splitlines()}),
+        ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False),
+        ".parquet": pd.read_parquet,
+        ".jsonl": _read_jsonl,
+    }
     if path.suffix not in readers:
         raise UsageError(f"{path}: prompts are read from .txt, .csv, .jsonl or .parquet files")
     try:
@@ -129,6 +133,7 @@ def _read_jsonl(path: Path) -> pd.DataFrame:
 
 # --- scores of before ---
 
+
 class Scores:
     """Scores by (image, prompt, scorer, protocol), and what scorers said of themselves, in one small database."""
 
@@ -144,8 +149,10 @@ class Scores:
 
     def get(self, table: str, keys: Sequence[str]) -> list[Any]:
         """The value of each key, None where there is none."""
-        query = (f"SELECT {table}.value FROM json_each(?) AS asked LEFT JOIN {table} ON {table}.key = asked.value "
-                 "ORDER BY asked.key")
+        query = (
+            f"SELECT {table}.value FROM json_each(?) AS asked LEFT JOIN {table} ON {table}.key = asked.value "
+            "ORDER BY asked.key"
+        )
         return [value for (value,) in self.database.execute(query, (json.dumps(list(keys)),))]
 
     def put(self, table: str, values: Mapping[str, Any]) -> None:
@@ -174,6 +181,7 @@ def _files(root: Path) -> list[Path]:
 
 # --- scoring ---
 
+
 def metric_options(names: Sequence[str], weights: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Keyword arguments of each metric's `load`: the weights, and METRIC.KEY=VALUE settings (values as YAML)."""
     import yaml
@@ -188,8 +196,9 @@ def metric_options(names: Sequence[str], weights: str, settings: Sequence[str]) 
     return options
 
 
-def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str, Mapping[str, Any]], device: str,
-                 cache: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+def score_folder(
+    items: list[Item], metrics: Sequence[str], options: Mapping[str, Mapping[str, Any]], device: str, cache: Path
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """One row an item (file_name, prompt, every column of every metric, problem), and the protocol.
 
     Models are loaded only when a score is missing from the cache.
@@ -201,18 +210,24 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
     with closing(Scores(cache)) as known:
         about = [fingerprint([item.digest, item.prompt]) for item in usable]
         names = _columns(metrics, known.get("scorers", [who[name] for name in metrics]))
-        keys = {column: [_key(who[name], item, column.partition("/")[2]) for item in about]
-                for name in metrics for column in names[name]}
+        keys = {
+            column: [_key(who[name], item, column.partition("/")[2]) for item in about]
+            for name in metrics
+            for column in names[name]
+        }
         values = {column: known.get("scores", keys[column]) for column in keys}
         missing = [name for name in metrics if any(None in values[column] for column in names[name])]
         if missing:
             _fill(usable, {name: names[name] for name in missing}, given, device, who, keys, values, known)
         infos = dict(zip(metrics, known.get("scorers", [who[name] for name in metrics]), strict=True))
         prompts = [fingerprint(item.prompt) for item in usable]
-        cut = {name: sum(filter(None, known.get("truncated", [_key(who[name], prompt) for prompt in prompts])))
-               for name in metrics}
-    table = pd.DataFrame({"file_name": [_text(item.file_name) for item in items],
-                          "prompt": [_text(item.prompt) for item in items]})
+        cut = {
+            name: sum(filter(None, known.get("truncated", [_key(who[name], prompt) for prompt in prompts])))
+            for name in metrics
+        }
+    table = pd.DataFrame(
+        {"file_name": [_text(item.file_name) for item in items], "prompt": [_text(item.prompt) for item in items]}
+    )
     place = {id(item): row for row, item in enumerate(items)}
     for name, found in values.items():
         column = np.full(len(items), np.nan, np.float32)
@@ -220,10 +235,13 @@ def score_folder(items: list[Item], metrics: Sequence[str], options: Mapping[str
             column[place[id(item)]] = np.nan if value is None else value
         table[name] = column
     table["problem"] = [item.problem for item in items]
-    protocol = {"metrics": {name: {**json.loads(infos[name] or "{}"), "truncated_prompts": cut[name]}
-                            for name in metrics},
-                "device": device, "versions": made_with, "images": len(items),
-                "scored": sum(not item.problem for item in items)}
+    protocol = {
+        "metrics": {name: {**json.loads(infos[name] or "{}"), "truncated_prompts": cut[name]} for name in metrics},
+        "device": device,
+        "versions": made_with,
+        "images": len(items),
+        "scored": sum(not item.problem for item in items),
+    }
     return table, protocol
 
 
@@ -239,15 +257,29 @@ def _key(scorer: str, scored: str, column: str = "") -> str:
 
 def _columns(metrics: Sequence[str], infos: Sequence[str | None]) -> dict[str, list[str]]:
     """The columns of each metric, as it said of itself when it was last loaded: a look-up need not import it."""
-    said = {name: json.loads(info)["columns"] for name, info in zip(metrics, infos, strict=True)
-            if info and "columns" in json.loads(info)}
-    return {name: [column["name"] for column in said[name]] if name in said
-            else [column.name for column in registry.metric(name).table_columns()] for name in metrics}
+    said = {
+        name: json.loads(info)["columns"]
+        for name, info in zip(metrics, infos, strict=True)
+        if info and "columns" in json.loads(info)
+    }
+    return {
+        name: [column["name"] for column in said[name]]
+        if name in said
+        else [column.name for column in registry.metric(name).table_columns()]
+        for name in metrics
+    }
 
 
-def _fill(usable: Sequence[Item], names: Mapping[str, Sequence[str]], given: Mapping[str, Mapping[str, Any]],
-          device: str, who: Mapping[str, str], keys: Mapping[str, list[str]], values: Mapping[str, list[Any]],
-          known: Scores) -> None:
+def _fill(
+    usable: Sequence[Item],
+    names: Mapping[str, Sequence[str]],
+    given: Mapping[str, Mapping[str, Any]],
+    device: str,
+    who: Mapping[str, str],
+    keys: Mapping[str, list[str]],
+    values: Mapping[str, list[Any]],
+    known: Scores,
+) -> None:
     """Score what is missing chunk by chunk, and remember each chunk; models are loaded for the first whole image."""
     scorers = None
     columns = [column for own in names.values() for column in own]
@@ -264,19 +296,27 @@ def _fill(usable: Sequence[Item], names: Mapping[str, Sequence[str]], given: Map
                 values[column][row] = float(value)
             known.put("scores", {keys[column][row]: values[column][row] for row, _ in whole})
         for name, metric in scorers.metrics.items():
-            known.put("truncated", {_key(who[name], fingerprint(prompt)): metric.count_truncated([prompt])
-                                    for prompt in set(prompts)})
+            known.put(
+                "truncated",
+                {_key(who[name], fingerprint(prompt)): metric.count_truncated([prompt]) for prompt in set(prompts)},
+            )
 
 
-def _loaded(names: Mapping[str, Sequence[str]], given: Mapping[str, Mapping[str, Any]], device: str,
-            who: Mapping[str, str], known: Scores) -> Scorers:
+def _loaded(
+    names: Mapping[str, Sequence[str]],
+    given: Mapping[str, Mapping[str, Any]],
+    device: str,
+    who: Mapping[str, str],
+    known: Scores,
+) -> Scorers:
     """The scorers; what they say of themselves is remembered, so that a later look-up need not load them."""
     from bench.scoring.evaluate import Scorers  # only here: looking up old scores needs no models
 
     scorers = Scorers.load(list(names), options=given, device=device)
     if [column.name for column in scorers.columns] != [column for own in names.values() for column in own]:
-        raise BenchError(f"{', '.join(names)}: other columns than in the scores of before; delete {known.path}, which "
-                         "is made anew")
+        raise BenchError(
+            f"{', '.join(names)}: other columns than in the scores of before; delete {known.path}, which is made anew"
+        )
     known.put("scorers", {who[name]: json.dumps(info) for name, info in scorers.protocol().items()})
     return scorers
 
@@ -301,7 +341,7 @@ def _hashed(items: Sequence[Item]) -> list[Item]:
 
 def _decoded(usable: Sequence[Item], rows: Sequence[int]) -> Iterator[tuple[list[int], list[Image.Image | None]]]:
     """Chunks of decoded images; the next chunk is decoded while the current one is scored."""
-    chunks = [list(rows[start:start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+    chunks = [list(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
     with ThreadPoolExecutor(THREADS) as pool:
         ahead = [pool.submit(_decode, usable[row]) for row in chunks[0]] if chunks else []
         for number, chunk in enumerate(track(chunks, "scoring", total=len(chunks), unit="chunk")):
@@ -324,6 +364,7 @@ def _decode(item: Item) -> Image.Image | None:
 
 # --- output ---
 
+
 def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
     """Parquet with the protocol in the file's metadata (key "bench.protocol"), or CSV with it in a first comment."""
     if path.suffix == ".csv":
@@ -344,8 +385,11 @@ def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
 
 def truncation(protocol: Mapping[str, Any]) -> str:
     """How many of the scored prompts each scorer read the beginning of only: "imagereward 40 (after 35 tokens)"."""
-    cut = [f"{name} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
-           for name, info in protocol["metrics"].items() if info["truncated_prompts"]]
+    cut = [
+        f"{name} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
+        for name, info in protocol["metrics"].items()
+        if info["truncated_prompts"]
+    ]
     return f"prompts truncated, of {protocol['scored']}: {', '.join(cut) if cut else 'none by any scorer'}"
 
 
@@ -358,6 +402,7 @@ def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, 
             found = table[column].dropna()
             lines.append(f"  {column:<18} mean {found.mean():.4f}  sd {found.std():.4f}  ({cut} prompts truncated)")
     troubled = table[table["problem"] != ""]
-    lines += [f"  {printable(row.file_name) or '(no image)'}: {printable(row.problem)}"
-              for row in troubled.itertuples()]
+    lines += [
+        f"  {printable(row.file_name) or '(no image)'}: {printable(row.problem)}" for row in troubled.itertuples()
+    ]
     return "\n".join(lines)

@@ -57,17 +57,27 @@ def _mean(trials: Sequence[FrozenTrial]) -> float:
     return float(np.mean([trial.value for trial in trials]))
 
 
-def choose(tried: Sequence[Setting], seeds: Sequence[int], done: Mapping[Cell, FrozenTrial],
-           grid: Mapping[str, Sequence[Any]], ends: Mapping[str, grids.Side]) -> Choice | None:
+def choose(
+    tried: Sequence[Setting],
+    seeds: Sequence[int],
+    done: Mapping[Cell, FrozenTrial],
+    grid: Mapping[str, Sequence[Any]],
+    ends: Mapping[str, grids.Side],
+) -> Choice | None:
     """The choice among settings; None while one of them is not done with every seed."""
     ranked = best(tried, seeds, done)
     if len(ranked) < len(tried):
         return None
     first, second = trials_of(ranked[0], seeds, done), [trials_of(setting, seeds, done) for setting in ranked[1:2]]
     rival = next((trials for trials in second if np.isfinite(_mean(trials))), None)
-    return Choice(ranked[0], _mean(first), float(np.mean([trial.user_attrs["gain"] for trial in first])),
-                  ranked[1] if rival else None, gap(first, rival) if rival else None,
-                  grids.edges(grid, ranked[0], ends))
+    return Choice(
+        ranked[0],
+        _mean(first),
+        float(np.mean([trial.user_attrs["gain"] for trial in first])),
+        ranked[1] if rival else None,
+        gap(first, rival) if rival else None,
+        grids.edges(grid, ranked[0], ends),
+    )
 
 
 def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> Gap:
@@ -91,12 +101,16 @@ def gap(mine: Sequence[FrozenTrial], theirs: Sequence[FrozenTrial]) -> Gap:
 def verdict(place: str, choice: Choice, metric: str, count: str) -> str:
     """One iteration's choice in one line, with what is not known about it."""
     chosen = "best so far" if choice.edges else "chosen"
-    line = (f"{place}: {chosen} {grids.text(choice.best)}: {metric} {choice.utility:.4f}, {choice.gain:+.4f} over the "
-            f"base; {count}")
+    line = (
+        f"{place}: {chosen} {grids.text(choice.best)}: {metric} {choice.utility:.4f}, {choice.gain:+.4f} over the "
+        f"base; {count}"
+    )
     if choice.gap is not None:
         low, high, value, over = choice.gap
-        line += (f"; ahead of {grids.text(choice.runner_up)} by {value:.4f} [{low:.4f}, {high:.4f}] (over {over})"
-                 f"{'' if low > 0 else ', not told apart from this runner-up'}")
+        line += (
+            f"; ahead of {grids.text(choice.runner_up)} by {value:.4f} [{low:.4f}, {high:.4f}] (over {over})"
+            f"{'' if low > 0 else ', not told apart from this runner-up'}"
+        )
     return line + (f"; NOT CHOSEN: {widening(choice)}" if choice.edges else "")
 
 
@@ -104,7 +118,8 @@ def widening(choice: Choice) -> str:
     """What to add to a grid whose best setting lies at an end of it."""
     return "the best lies at the edge of its grid, " + " and ".join(
         f"{name}={grids.digits(choice.best[name])} is the {edge.side}est (add {grids.digits(edge.further)})"
-        for name, edge in choice.edges.items())
+        for name, edge in choice.edges.items()
+    )
 
 
 def yaml_lines(chosen: Mapping[str, Sequence[Setting]]) -> str:
@@ -126,5 +141,8 @@ def table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def settings_in(row: Mapping[str, Any]) -> Setting:
     """The setting in a row of such a table."""
     fixed = {*FIRST, *LAST, *END, "prompts", "chosen"}
-    return {name: value for name, value in row.items()
-            if name not in fixed and not name.startswith("gain_g") and not pd.isna(value)}
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in fixed and not name.startswith("gain_g") and not pd.isna(value)
+    }

@@ -68,8 +68,9 @@ def check(suite: Suite) -> None:
         raise UsageError(f"search.seeds: {search.seeds} names a seed twice; one training is one training")
     for entry in search.grids:
         if entry not in suite.methods:
-            raise UsageError(f"search.grids.{entry}: the suite has no such entry in methods"
-                             f"{did_you_mean(entry, suite.methods)}")
+            raise UsageError(
+                f"search.grids.{entry}: the suite has no such entry in methods{did_you_mean(entry, suite.methods)}"
+            )
         for number in range(1, len(search.grids[entry]) + 1):
             tried = settings(suite, entry, number)
             if len({text(setting) for setting in tried}) < len(tried):
@@ -85,9 +86,12 @@ def _check_budgets(suite: Suite) -> None:
         pairs = sum(setting["steps"] for iteration in tried for setting in iteration)
         given[entry] = ({len(iteration) for iteration in tried}, pairs * suite.training(entry).batch_size)
     if len({(tuple(counts), pairs) for counts, pairs in given.values()}) > 1 or any(
-            len(counts) > 1 for counts, _ in given.values()):
-        told = "; ".join(f"{entry} {' or '.join(map(str, sorted(counts)))} settings an iteration, {pairs} pairs"
-                         for entry, (counts, pairs) in given.items())
+        len(counts) > 1 for counts, _ in given.values()
+    ):
+        told = "; ".join(
+            f"{entry} {' or '.join(map(str, sorted(counts)))} settings an iteration, {pairs} pairs"
+            for entry, (counts, pairs) in given.items()
+        )
         raise UsageError(f"search.grids: every method must be given the same budget, but these differ: {told}")
 
 

@@ -104,8 +104,10 @@ class Study:
         standing = self.standing()
         for cell, setting in cells.items():
             if cell not in standing:
-                self.storage.create_new_trial(self.study, create_trial(
-                    state=TrialState.WAITING, user_attrs={"setting": setting, "seed": cell.seed}))
+                self.storage.create_new_trial(
+                    self.study,
+                    create_trial(state=TrialState.WAITING, user_attrs={"setting": setting, "seed": cell.seed}),
+                )
         first: dict[Cell, int] = {}
         for trial in self._trials():
             if first.setdefault(cell_of(trial), trial.number) != trial.number and trial.state == TrialState.WAITING:
@@ -149,8 +151,9 @@ class Claim:
         self._pulse.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._over.set()
         self._pulse.join()
         with suppress(UpdateFinishedTrialError):

@@ -56,11 +56,14 @@ class Search:
         for number, grid in enumerate(self.settings.grids[entry], start=1):
             this = Round(entry, number, tuple(settled), self.identities[entry])
             tried = grids.settings(self.suite, entry, number)
-            made = choice.choose(tried, self.settings.seeds, self.study(this).done(), grid,
-                                 self.settings.ends if number > 1 else {})
+            made = choice.choose(
+                tried, self.settings.seeds, self.study(this).done(), grid, self.settings.ends if number > 1 else {}
+            )
             if made and not math.isfinite(made.utility):
-                raise BenchError(f"search.grids.{entry}.{number - 1}: every setting breaks a training, which says: "
-                                 f"{self._broken(this)}")
+                raise BenchError(
+                    f"search.grids.{entry}.{number - 1}: every setting breaks a training, which says: "
+                    f"{self._broken(this)}"
+                )
             yield this, made
             if made is None or made.edges:
                 return
@@ -125,12 +128,15 @@ class Search:
         left, workers, finished, paces = {}, 0, 0, {}
         for entry in self.entries:
             seconds: list[float] = []
-            total = sum(len(grids.settings(self.suite, entry, number)) * len(self.settings.seeds)
-                        for number in range(1, len(self.settings.grids[entry]) + 1))
+            total = sum(
+                len(grids.settings(self.suite, entry, number)) * len(self.settings.seeds)
+                for number in range(1, len(self.settings.grids[entry]) + 1)
+            )
             for this, _ in self.rounds(entry):
                 standing, cells = self.study(this).standing(), self.cells(this)
-                done = [standing[cell] for cell in cells if cell in standing
-                        and standing[cell].state == TrialState.COMPLETE]
+                done = [
+                    standing[cell] for cell in cells if cell in standing and standing[cell].state == TrialState.COMPLETE
+                ]
                 workers += sum(trial.state == TrialState.RUNNING for trial in standing.values())
                 seconds += [trial.user_attrs["seconds"] for trial in done if "seconds" in trial.user_attrs]
                 total -= len(done)
@@ -147,21 +153,29 @@ class Search:
         for row in known.values():
             identity = self.identities.get(row["entry"], row["identity"])
             if row["identity"] != identity:
-                raise UsageError(f"{row['entry']} was searched with another suite, data, model or scorer (identity "
-                                 f"{row['identity']}, here {identity})")
+                raise UsageError(
+                    f"{row['entry']} was searched with another suite, data, model or scorer (identity "
+                    f"{row['identity']}, here {identity})"
+                )
         taken = 0
         while news := sum(self._adopted(this, known) for this in self.open_rounds()):
             taken += news
         return taken
 
     def _adopted(self, this: Round, known: Mapping[tuple, Mapping[str, Any]]) -> int:
-        cells = {cell: setting for cell, setting in self.cells(this).items()
-                 if (this.entry, this.number, this.after, cell) in known}
+        cells = {
+            cell: setting
+            for cell, setting in self.cells(this).items()
+            if (this.entry, this.number, this.after, cell) in known
+        }
         taken = 0
         while claim := self.study(this).claim(cells):
             row = known[this.entry, this.number, this.after, claim.cell]
-            found = {name: value for name, value in row.items() if name in ("utility", "gain")
-                     or (name.startswith("gain_g") and not pd.isna(value))}
+            found = {
+                name: value
+                for name, value in row.items()
+                if name in ("utility", "gain") or (name.startswith("gain_g") and not pd.isna(value))
+            }
             if isinstance(row.get("prompts"), (list, np.ndarray)):
                 found["prompts"] = list(map(float, row["prompts"]))
             with claim:
@@ -170,15 +184,27 @@ class Search:
 
     def table(self) -> pd.DataFrame:
         """Everything tried in the rounds that are open or over, also what is no longer in their grids."""
-        rows = [self._row(this, trial) for entry in self.entries for this, _ in self.rounds(entry)
-                for trial in self.study(this).done().values()]
+        rows = [
+            self._row(this, trial)
+            for entry in self.entries
+            for this, _ in self.rounds(entry)
+            for trial in self.study(this).done().values()
+        ]
         return choice.table(rows)
 
     def _row(self, this: Round, trial: FrozenTrial) -> dict[str, Any]:
         found, cell = trial.user_attrs, cell_of(trial)
         batch = self.suite.training(this.entry).batch_size
-        return {**found, "entry": this.entry, "iteration": this.number, "seed": cell.seed, "utility": trial.value,
-                "pairs": found["setting"]["steps"] * batch, "after": this.after, "identity": this.identity}
+        return {
+            **found,
+            "entry": this.entry,
+            "iteration": this.number,
+            "seed": cell.seed,
+            "utility": trial.value,
+            "pairs": found["setting"]["steps"] * batch,
+            "after": this.after,
+            "identity": this.identity,
+        }
 
     def verdicts(self) -> tuple[list[str], dict[str, list[Setting]], list[str]]:
         """A line for every choice, what was chosen for the entries that have all, and what must first be widened."""
@@ -187,8 +213,14 @@ class Search:
             choices = [(this, made) for this, made in self.rounds(entry) if made]
             for this, made in choices:
                 tried = {cell.setting for cell in self.study(this).done()}
-                lines.append(choice.verdict(f"{entry} {this.number}", made, self.settings.metric,
-                                            f"{len(tried)} settings with {len(self.settings.seeds)} seeds"))
+                lines.append(
+                    choice.verdict(
+                        f"{entry} {this.number}",
+                        made,
+                        self.settings.metric,
+                        f"{len(tried)} settings with {len(self.settings.seeds)} seeds",
+                    )
+                )
                 if made.edges:
                     wide.append(f"{entry} {this.number}: {choice.widening(made)}")
             if len(choices) == len(self.settings.grids[entry]) and not choices[-1][1].edges:

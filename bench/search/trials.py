@@ -72,9 +72,13 @@ def validation(suite: Suite) -> Suite:
     """The suite as it is searched: on the search's prompts, with the scorer alone whose number is judged."""
     search = grids.of(suite)
     prompts = Prompts(prompts=search.prompts, limit=search.limit)
-    return suite.model_copy(update={
-        "evaluation": suite.evaluation.model_copy(update={"prompt_sets": {PROMPT_SET: prompts}}),
-        "metrics": [name for name in suite.metrics if name == search.metric.partition("/")[0]], "search": None})
+    return suite.model_copy(
+        update={
+            "evaluation": suite.evaluation.model_copy(update={"prompt_sets": {PROMPT_SET: prompts}}),
+            "metrics": [name for name in suite.metrics if name == search.metric.partition("/")[0]],
+            "search": None,
+        }
+    )
 
 
 def refuse_test_prompts(suite: Suite) -> None:
@@ -84,8 +88,10 @@ def refuse_test_prompts(suite: Suite) -> None:
     for name, prompts in suite.evaluation.prompt_sets.items():
         both = sought.intersection(load_prompts(prompts.prompts, prompts.limit).prompts)
         if both:
-            raise UsageError(f"search.prompts: {len(both)} of {len(sought)} prompts of {search.prompts} are in "
-                             f"evaluation.prompt_sets.{name} too; search on prompts that no evaluation uses")
+            raise UsageError(
+                f"search.prompts: {len(both)} of {len(sought)} prompts of {search.prompts} are in "
+                f"evaluation.prompt_sets.{name} too; search on prompts that no evaluation uses"
+            )
 
 
 class Trials:
@@ -116,14 +122,22 @@ class Trials:
         What stands at its default is left out: a setting that a later version adds changes no hash.
         """
         changing = {"batch_size", "prompt_sets", "protocol"}
-        return fingerprint({
-            "method": self.suite.kind(entry), "data": self.shared.data_key, "metric": self.searched.metric,
-            "train": self.suite.training(entry).model_dump(
-                exclude=set(NEUTRAL) | {"micro_batch", "log_every"}, exclude_defaults=True),
-            "opponent": self.suite.opponents(entry).model_dump(exclude={"batch_size"}, exclude_defaults=True)
-            if self.self_play(entry) else None,
-            "evaluation": self.suite.evaluation.model_dump(exclude=changing, exclude_defaults=True),
-            "prompts": self.shared.prompt_sets[PROMPT_SET].ids, "metrics": self.shared.scorers.info()})
+        return fingerprint(
+            {
+                "method": self.suite.kind(entry),
+                "data": self.shared.data_key,
+                "metric": self.searched.metric,
+                "train": self.suite.training(entry).model_dump(
+                    exclude=set(NEUTRAL) | {"micro_batch", "log_every"}, exclude_defaults=True
+                ),
+                "opponent": self.suite.opponents(entry).model_dump(exclude={"batch_size"}, exclude_defaults=True)
+                if self.self_play(entry)
+                else None,
+                "evaluation": self.suite.evaluation.model_dump(exclude=changing, exclude_defaults=True),
+                "prompts": self.shared.prompt_sets[PROMPT_SET].ids,
+                "metrics": self.shared.scorers.info(),
+            }
+        )
 
     def self_play(self, entry: str) -> bool:
         return self.suite.method(entry).pairing is Pairing.SELF_PLAY
@@ -165,9 +179,12 @@ class Trials:
         values = values[list(self.shared.prompt_sets[PROMPT_SET].ids)]
         last, base = values.loc[run.iterations], values.loc[0]
         gains = (last - base).mean(axis=1)
-        return {"utility": float(last.to_numpy().mean()), "gain": float(gains.mean()),
-                **{f"gain_g{guidance:g}": float(gain) for guidance, gain in gains.items()},
-                "prompts": np.float32(last.mean()).tolist()}
+        return {
+            "utility": float(last.to_numpy().mean()),
+            "gain": float(gains.mean()),
+            **{f"gain_g{guidance:g}": float(gain) for guidance, gain in gains.items()},
+            "prompts": np.float32(last.mean()).tolist(),
+        }
 
 
 def _branch(source: Path, target: Path) -> None:

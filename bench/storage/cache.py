@@ -47,8 +47,9 @@ class Embeddings:
         return Embeddings(self.table, self.index[positions], self.null)
 
 
-def encode_images(vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarray], count: int,
-                  batch_size: int = 32) -> np.ndarray:
+def encode_images(
+    vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarray], count: int, batch_size: int = 32
+) -> np.ndarray:
     """Encode images 0..count-1 to fp32 latents `[count, C, h, w]` in memory, scaled as the UNet sees them.
 
     `fetch(indices)` returns uint8 `[n, H, W, 3]`. A latent is the posterior's mean, not a sample of it: one
@@ -62,16 +63,25 @@ def encode_images(vae: AutoencoderKL, fetch: Callable[[Sequence[int]], np.ndarra
 def encode_prompts(pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_size: int = 64) -> Embeddings:
     """Encode every distinct prompt once, in memory; longer prompts are cut at the text encoder's length."""
     unique, index = _distinct(prompts)
-    batches = (unique[start:start + batch_size] for start in range(0, len(unique), batch_size))
+    batches = (unique[start : start + batch_size] for start in range(0, len(unique), batch_size))
     encoded = (encode_prompt_batch(pipe, batch) for batch in batches)
     table = _collect(encoded, len(unique), "encoding prompts")
     return Embeddings(table, index, encode_prompt_batch(pipe, [""])[0])
 
 
-def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
-                   fetch: Callable[[Sequence[int]], np.ndarray], count: int, shape: Sequence[int], *,
-                   batch_size: int = 32, flip: bool = False, precision: str = "fp32",
-                   share: Share = ALONE) -> Rows:
+def cached_latents(
+    root: Path,
+    made_from: dict[str, Any],
+    vae: AutoencoderKL,
+    fetch: Callable[[Sequence[int]], np.ndarray],
+    count: int,
+    shape: Sequence[int],
+    *,
+    batch_size: int = 32,
+    flip: bool = False,
+    precision: str = "fp32",
+    share: Share = ALONE,
+) -> Rows:
     """`encode_images` through a folder under `root`, each latent of `shape` C, h, w.
 
     `made_from` names all that decides the content: the fingerprints of the weights and of the images. With
@@ -79,26 +89,46 @@ def cached_latents(root: Path, made_from: dict[str, Any], vae: AutoencoderKL,
     is not the mirrored latent. Images that `fetch` cannot read (bench.storage.shards.BrokenRows) are in `broken`.
     With several processes each encodes its `share`; all of them must call.
     """
+
     def encode(images: np.ndarray) -> np.ndarray:
         if not flip:
             return encode_image_batch(vae, images)
         return np.stack([encode_image_batch(vae, side) for side in (images, images[:, :, ::-1])], axis=1)
 
-    store = Store(root, "latents", {"layout": LAYOUT, "flip": flip, **made_from}, count,
-                  (2, *shape) if flip else shape, np.dtype(f"float{precision[2:]}"))
+    store = Store(
+        root,
+        "latents",
+        {"layout": LAYOUT, "flip": flip, **made_from},
+        count,
+        (2, *shape) if flip else shape,
+        np.dtype(f"float{precision[2:]}"),
+    )
     store.fill(fetch, encode, batch_size, "encoding images", share)
     return store.read()
 
 
-def cached_prompts(root: Path, made_from: dict[str, Any], pipe: StableDiffusionPipeline, prompts: Sequence[str], *,
-                   precision: str = "fp32", batch_size: int = 64, share: Share = ALONE) -> Embeddings:
+def cached_prompts(
+    root: Path,
+    made_from: dict[str, Any],
+    pipe: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    *,
+    precision: str = "fp32",
+    batch_size: int = 64,
+    share: Share = ALONE,
+) -> Embeddings:
     """`encode_prompts` through a folder under `root`; `made_from` names the weights (their fingerprint)."""
     unique, index = _distinct(prompts)
     null = encode_prompt_batch(pipe, [""])[0]
     made_from = {"layout": LAYOUT, **made_from, "prompts": fingerprint(unique)}
     store = Store(root, "prompts", made_from, len(unique), null.shape, np.dtype(f"float{precision[2:]}"))
-    store.fill(lambda rows: [unique[row] for row in rows], lambda texts: encode_prompt_batch(pipe, texts),
-               batch_size, "encoding prompts", share)
+    store.fill(
+        lambda rows: [unique[row] for row in rows],
+        lambda texts: encode_prompt_batch(pipe, texts),
+        batch_size,
+        "encoding prompts",
+        share,
+    )
     return Embeddings(store.read(), index, null)
 
 
@@ -121,8 +151,9 @@ def encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
 def encode_prompt_batch(pipe: StableDiffusionPipeline, prompts: list[str]) -> np.ndarray:
     """One batch of `encode_prompts`: fp32 `[B, L, D]`."""
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
-    tokens = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                       return_tensors="pt").to(encoder.device)
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).to(encoder.device)
     mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state.float().cpu().numpy()
 
@@ -140,7 +171,7 @@ def _collect(batches: Iterable[np.ndarray], count: int, description: str) -> np.
     with track(description=description, total=count) as bar:
         for batch in batches:
             out = np.empty((count, *batch.shape[1:]), np.float32) if out is None else out
-            out[row:row + len(batch)] = batch
+            out[row : row + len(batch)] = batch
             row += len(batch)
             bar.update(len(batch))
     return out

@@ -103,8 +103,10 @@ def expecting(path: Path) -> Iterator[None]:
     except (BenchError, FileNotFoundError):
         raise
     except Exception as error:  # the libraries that read a format raise errors of many kinds
-        raise BenchError(f"{path} is damaged ({type(error).__name__}: {first_line(error)}): remove {path.parent}, and "
-                         "what was in it is made again") from error
+        raise BenchError(
+            f"{path} is damaged ({type(error).__name__}: {first_line(error)}): remove {path.parent}, and "
+            "what was in it is made again"
+        ) from error
 
 
 def new_array(path: Path, dtype: np.dtype | type, shape: Sequence[int]) -> np.memmap:

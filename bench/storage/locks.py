@@ -35,16 +35,19 @@ def held(path: Path, what: str, wait: bool) -> Iterator[None]:
     except Timeout:
         before = _record(path)
         if not wait:
-            raise BenchError(f"{what} is in the hands of {_named(before)}; wait for that process or stop it "
-                             f"(--wait waits for it)") from None
+            raise BenchError(
+                f"{what} is in the hands of {_named(before)}; wait for that process or stop it (--wait waits for it)"
+            ) from None
         _say(f"waiting for {_named(before)}, which has {what}")
         lock.acquire()
         before = ""
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        _say(f"the file system of {path.parent} keeps no locks ({first_line(error)}): see to it that no other process "
-             f"works on {what}")
+        _say(
+            f"the file system of {path.parent} keeps no locks ({first_line(error)}): see to it that no other process "
+            f"works on {what}"
+        )
         yield
         return
     try:
@@ -72,8 +75,10 @@ def _expect_here(record: str, what: str, path: Path) -> None:
     """The lock was free, yet somebody's record lies there: harmless when that was a process of this host."""
     host = record.partition("@")[2].partition(" since ")[0]
     if host and host != socket.gethostname():
-        _say(f"{what} was in the hands of process {record}, which was killed, or still works there and is not seen "
-             f"from {socket.gethostname()} (a file system shared without its locks): then stop one of the two ({path})")
+        _say(
+            f"{what} was in the hands of process {record}, which was killed, or still works there and is not seen "
+            f"from {socket.gethostname()} (a file system shared without its locks): then stop one of the two ({path})"
+        )
 
 
 def _say(message: str) -> None:

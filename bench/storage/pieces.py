@@ -27,8 +27,16 @@ FOLDER = "pieces"
 Make = Callable[[int, Path], None]
 
 
-def divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Sized], prepare: Callable[[], Make],
-            join: Callable[[Path], None] = lambda folder: None, description: str = "", **counts: int) -> None:
+def divided(
+    stage: Stage,
+    processes: Processes,
+    name: str,
+    pieces: Sequence[Sized],
+    prepare: Callable[[], Make],
+    join: Callable[[Path], None] = lambda folder: None,
+    description: str = "",
+    **counts: int,
+) -> None:
     """Make a stage that is not done yet out of `pieces`, each a number of images.
 
     `prepare` loads what is needed and returns a function that makes piece n in the stage's folder, its files whole
@@ -45,8 +53,16 @@ def divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Size
         shutil.rmtree(stage.directory / FOLDER, ignore_errors=True)
 
 
-def _divided(stage: Stage, processes: Processes, name: str, pieces: Sequence[Sized], prepare: Callable[[], Make],
-             join: Callable[[Path], None], description: str, **counts: int) -> None:
+def _divided(
+    stage: Stage,
+    processes: Processes,
+    name: str,
+    pieces: Sequence[Sized],
+    prepare: Callable[[], Make],
+    join: Callable[[Path], None],
+    description: str,
+    **counts: int,
+) -> None:
     """Make what is missing of a stage, all processes of one launch together, and put it in place."""
     folder = stage.unfinished([len(piece) for piece in pieces])
     earlier = processes.once(lambda: finished(folder, len(pieces)))
@@ -104,8 +120,15 @@ def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _make(stage: Stage, folder: Path, processes: Processes, pieces: Sequence[Sized], own: Sequence[int],
-          prepare: Callable[[], Make], description: str) -> None:
+def _make(
+    stage: Stage,
+    folder: Path,
+    processes: Processes,
+    pieces: Sequence[Sized],
+    own: Sequence[int],
+    prepare: Callable[[], Make],
+    description: str,
+) -> None:
     """Make this process's pieces; a piece counts once its marker is there, which is written last."""
     if not own:
         return

@@ -37,16 +37,21 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
     `warnings` are one line each, for whoever reads the run's numbers.
     """
     path = run.folder / "protocol.json"
-    model = {**run.suite.model.model_dump(), "fingerprint": shared.base.key,
-             "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters())}
+    model = {
+        **run.suite.model.model_dump(),
+        "fingerprint": shared.base.key,
+        "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters()),
+    }
     if is_random(run.suite.model.weights):
         model["remark"] = REMARK
     method = run.suite.method(run.method)
     process = this_process(shared)
     before = _written(path)
     if before and before["model"] != model:
-        raise BenchError(f"cannot resume {run.id}: the weights '{run.suite.model.weights}' are not those it was "
-                         "started with; start a new run")
+        raise BenchError(
+            f"cannot resume {run.id}: the weights '{run.suite.model.weights}' are not those it was "
+            "started with; start a new run"
+        )
     record = {
         "run": run.id,
         "suite": run.suite.model_dump(),
@@ -54,17 +59,24 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "method_title": run.title,
         "seed": run.seed,
         "iterations": run.iterations,
-        "schedule": [{**iteration.model_dump(), **chosen} for iteration, chosen in zip(
-            run.suite.schedule(run.method, run.iterations), run.suite.resolved(run.method, run.iterations),
-            strict=True)],
+        "schedule": [
+            {**iteration.model_dump(), **chosen}
+            for iteration, chosen in zip(
+                run.suite.schedule(run.method, run.iterations),
+                run.suite.resolved(run.method, run.iterations),
+                strict=True,
+            )
+        ],
         "options": [option.record() for option in options.options(method).values()],
         "signals": [asdict(signal) for signal in (*method.signals, *EVERY_TRAINING)],
         "results": [result._asdict() for result in run.results],
         "model": model,
         "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},
         "metrics": shared.scorers.protocol(),
-        "prompt_sets": {name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
-                        for name, prompts in shared.prompt_sets.items()},
+        "prompt_sets": {
+            name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
+            for name, prompts in shared.prompt_sets.items()
+        },
         "warnings": list(warnings),
         **{name: before.get(name, process[name]) for name in ("versions", "git_commit", "created")},
         "processes": [*before.get("processes", []), process],
@@ -80,10 +92,14 @@ def write_warnings(run: Run, warnings: Sequence[str]) -> None:
 
 def this_process(shared: Shared) -> dict[str, Any]:
     """What may decide the last bits of a number: the code, the libraries, the threads, the device."""
-    return {"created": datetime.now().isoformat(timespec="seconds"), "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-            "device": device_name(shared.device), "threads": torch.get_num_threads(),
-            "processes": shared.processes.count}
+    return {
+        "created": datetime.now().isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+        "device": device_name(shared.device),
+        "threads": torch.get_num_threads(),
+        "processes": shared.processes.count,
+    }
 
 
 def _written(path: Path) -> dict[str, Any]:
@@ -94,8 +110,10 @@ def _written(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError):
-        integrity.say([Damage(path, "is no protocol that can be read")],
-                      f"set aside as {integrity.set_aside(path)}, and begun anew")
+        integrity.say(
+            [Damage(path, "is no protocol that can be read")],
+            f"set aside as {integrity.set_aside(path)}, and begun anew",
+        )
         return {}
 
 
@@ -155,8 +173,9 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *CODE) else "")

@@ -79,15 +79,22 @@ class Run:
         """What the run leaves besides the base, in the order in which it is made."""
         found, first = [], 0
         for iteration, settings in enumerate(self.suite.schedule(self.method, self.iterations), 1):
-            found += [Result(self.method, iteration, first + within, within, within == settings.steps)
-                      for within in (*settings.checkpoints, settings.steps)]
+            found += [
+                Result(self.method, iteration, first + within, within, within == settings.steps)
+                for within in (*settings.checkpoints, settings.steps)
+            ]
             first += settings.steps
         return found
 
     def config(self) -> dict[str, Any]:
         """All that decides the result; config.json of the run's folder."""
-        return {"run": self.id, "method": self.method, "seed": self.seed, "iterations": self.iterations,
-                "suite": self.suite.model_dump()}
+        return {
+            "run": self.id,
+            "method": self.method,
+            "seed": self.seed,
+            "iterations": self.iterations,
+            "suite": self.suite.model_dump(),
+        }
 
 
 def create(method: str, suite: Suite, seed: int, iterations: int) -> Run:
@@ -132,9 +139,10 @@ def load(name: str) -> Run:
         suite = stored_suite(config["suite"])
         return Run(folder.name, config["method"], config["seed"], config["iterations"], suite)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BenchError(f"{folder / 'config.json'} cannot be read ({type(error).__name__}: {first_line(error)}); "
-                         f"{folder / 'protocol.json'} holds the same settings: restore it by that, or start a new run"
-                         ) from error
+        raise BenchError(
+            f"{folder / 'config.json'} cannot be read ({type(error).__name__}: {first_line(error)}); "
+            f"{folder / 'protocol.json'} holds the same settings: restore it by that, or start a new run"
+        ) from error
 
 
 def ids() -> list[str]:
@@ -157,11 +165,11 @@ def finished(folder: Path) -> bool:
 
 def comparable(run: Run) -> list[Run]:
     """The finished runs of the same suite and seed, whatever their method."""
+
     def room(other: Run) -> tuple[int, Suite]:
         return other.seed, other.suite.model_copy(update={"methods": {}, "search": None})
 
-    return [other for identity in ids() if finished(RUNS / identity)
-            and room(other := load(identity)) == room(run)]
+    return [other for identity in ids() if finished(RUNS / identity) and room(other := load(identity)) == room(run)]
 
 
 def refuse_changes(run: Run, asked: dict[str, Any]) -> None:
@@ -170,8 +178,10 @@ def refuse_changes(run: Run, asked: dict[str, Any]) -> None:
     for key, value in wanted.items():
         if value != stored.get(key) and key.split(".")[:2] not in (["suite", name] for name in SCORING):
             name = key.removeprefix("suite.")
-            raise UsageError(f"cannot resume {run.id} with another {name}: it was started with "
-                             f"{stored.get(key)}, not {value}; start a new run for that")
+            raise UsageError(
+                f"cannot resume {run.id} with another {name}: it was started with "
+                f"{stored.get(key)}, not {value}; start a new run for that"
+            )
 
 
 def rescored(run: Run, suite: Suite) -> Run:

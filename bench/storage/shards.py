@@ -48,8 +48,9 @@ class Rows:
     NumPy's do. `broken` holds, by stored row, why a row could not be made (its values are NaN).
     """
 
-    def __init__(self, shards: Sequence[np.ndarray], broken: Mapping[int, str] | None = None,
-                 chosen: np.ndarray | None = None):
+    def __init__(
+        self, shards: Sequence[np.ndarray], broken: Mapping[int, str] | None = None, chosen: np.ndarray | None = None
+    ):
         self.shards, self.broken = shards, dict(broken or {})
         self.chosen = np.arange(sum(map(len, shards))) if chosen is None else chosen
         self.shape = (len(self.chosen), *shards[0].shape[1:])
@@ -62,7 +63,7 @@ class Rows:
         positions, *inner = key if isinstance(key, tuple) else (key,)
         stored = np.atleast_1d(self.chosen[positions])
         shard, row = np.divmod(stored, SHARD)
-        out = np.empty((len(stored), *self.shape[1 + len(inner):]), self.dtype)
+        out = np.empty((len(stored), *self.shape[1 + len(inner) :]), self.dtype)
         for number in np.unique(shard):
             here = np.flatnonzero(shard == number)
             out[here] = self.shards[number][(row[here], *(np.asarray(index)[here] for index in inner))]
@@ -83,31 +84,47 @@ class Store:
     cache without evicting each other.
     """
 
-    def __init__(self, root: Path, kind: str, made_from: Mapping[str, Any], count: int, shape: Sequence[int],
-                 dtype: type | str):
-        self.inputs = {"kind": kind, "count": count, "shape": list(shape), "dtype": np.dtype(dtype).name,
-                       "shard": SHARD, **made_from}
+    def __init__(
+        self, root: Path, kind: str, made_from: Mapping[str, Any], count: int, shape: Sequence[int], dtype: type | str
+    ):
+        self.inputs = {
+            "kind": kind,
+            "count": count,
+            "shape": list(shape),
+            "dtype": np.dtype(dtype).name,
+            "shard": SHARD,
+            **made_from,
+        }
         self.folder = Path(root) / f"{kind}-{fingerprint(self.inputs)}"
         self.kind, self.count, self.shape, self.dtype = kind, count, tuple(shape), np.dtype(dtype)
 
     def stages(self) -> list[Stage]:
-        return [Stage(self.folder / f"{start // SHARD:05d}", {**self.inputs, "first": start})
-                for start in range(0, self.count, SHARD)]
+        return [
+            Stage(self.folder / f"{start // SHARD:05d}", {**self.inputs, "first": start})
+            for start in range(0, self.count, SHARD)
+        ]
 
-    def fill(self, fetch: Callable[[Sequence[int]], Item], make: Callable[[Item], np.ndarray], batch_size: int,
-             description: str, share: Share = ALONE) -> None:
+    def fill(
+        self,
+        fetch: Callable[[Sequence[int]], Item],
+        make: Callable[[Item], np.ndarray],
+        batch_size: int,
+        description: str,
+        share: Share = ALONE,
+    ) -> None:
         """Make the missing rows: `make(fetch(rows))` for batches of consecutive rows.
 
         The next batch is fetched while one is made. Several processes each make their share of the shards and
         leave together. Refuses, before anything is written, what does not fit on the disk.
         """
-        missing = [stage for stage in self.stages()[share.process::share.processes] if not stage.whole]
+        missing = [stage for stage in self.stages()[share.process :: share.processes] if not stage.whole]
         if missing:
             self._make(missing, fetch, make, batch_size, description)
         share.wait()
 
-    def _make(self, missing: Sequence[Stage], fetch: Callable, make: Callable, batch_size: int,
-              description: str) -> None:
+    def _make(
+        self, missing: Sequence[Stage], fetch: Callable, make: Callable, batch_size: int, description: str
+    ) -> None:
         spans = [range(stage.inputs["first"], min(stage.inputs["first"] + SHARD, self.count)) for stage in missing]
         rows = sum(map(len, spans))
         size = self._expect_room(rows)
@@ -119,9 +136,10 @@ class Store:
         """One shard: rows.npy, and broken.json with the reasons of the rows that could not be fetched."""
         out = new_array(folder / "rows.npy", self.dtype, (len(span), *self.shape))
         broken: dict[int, str] = {}
-        batches = [span[start:start + batch_size] for start in range(0, len(span), batch_size)]
-        for batch, (whole, fetched, problems) in zip(batches, ahead(lambda rows: _whole(fetch, rows), batches),
-                                                     strict=True):
+        batches = [span[start : start + batch_size] for start in range(0, len(span), batch_size)]
+        for batch, (whole, fetched, problems) in zip(
+            batches, ahead(lambda rows: _whole(fetch, rows), batches), strict=True
+        ):
             if whole:
                 out[np.array(whole) - span.start] = make(fetched)
             for row, reason in problems.items():
@@ -136,8 +154,9 @@ class Store:
         stages = self.stages()
         unfinished = [stage.directory.name for stage in stages if not stage.done]
         if unfinished:
-            raise BenchError(f"{self.folder}: {len(unfinished)} of {len(stages)} shards are not there yet, "
-                             f"first {unfinished[0]}")
+            raise BenchError(
+                f"{self.folder}: {len(unfinished)} of {len(stages)} shards are not there yet, first {unfinished[0]}"
+            )
         broken: dict[int, str] = {}
         for stage in stages:
             with expecting(stage.directory / "broken.json"):
@@ -151,9 +170,11 @@ class Store:
         place = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         free = shutil.disk_usage(place).free
         if needed > free:
-            raise BenchError(f"{self.kind}: {rows} rows need {readable(needed)} in {self.folder.parent}, but "
-                             f"{readable(free)} are free; use a smaller data.size, data.precision=fp16, or put "
-                             f"{self.folder.parent} on a larger disk")
+            raise BenchError(
+                f"{self.kind}: {rows} rows need {readable(needed)} in {self.folder.parent}, but "
+                f"{readable(free)} are free; use a smaller data.size, data.precision=fp16, or put "
+                f"{self.folder.parent} on a larger disk"
+            )
         return readable(needed)
 
 
@@ -179,8 +200,9 @@ def readable(size: float) -> str:
     return f"{size:.4g} TB"
 
 
-def _whole(fetch: Callable[[Sequence[int]], Item], rows: Sequence[int]) -> tuple[list[int], Item | None,
-                                                                                 dict[int, str]]:
+def _whole(
+    fetch: Callable[[Sequence[int]], Item], rows: Sequence[int]
+) -> tuple[list[int], Item | None, dict[int, str]]:
     """What can be fetched of some rows: which, the result, and what is wrong with the others."""
     try:
         return list(rows), fetch(rows), {}

@@ -148,8 +148,9 @@ class Stage:
 
     def finish(self, folder: Path, leave_out: str = "") -> None:
         """Put the marker into a filled folder and make it `directory`; its subfolder `leave_out` is no result."""
-        files = integrity.manifest(folder, lambda name: name == MARKER or bool(leave_out) and
-                                   name.startswith(f"{leave_out}/"))
+        files = integrity.manifest(
+            folder, lambda name: name == MARKER or bool(leave_out) and name.startswith(f"{leave_out}/")
+        )
         marker = {"hash": self.hash, "inputs": self.inputs, "files": files}
         atomic_write(folder / MARKER, json.dumps(marker, indent=1, default=str))
         if self.ready():  # another run has made the same thing in the meantime, and may be reading it

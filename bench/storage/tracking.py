@@ -52,8 +52,13 @@ class RunFolder(FileStorageObserver):
         atomic_write(self.folder / "cout.txt", self.printed_before + self.cout)
 
 
-def record(folder: Path, config: dict[str, Any], body: Callable[[LogScalar], None], mongo: str | None = None,
-           sql: str | None = None) -> None:
+def record(
+    folder: Path,
+    config: dict[str, Any],
+    body: Callable[[LogScalar], None],
+    mongo: str | None = None,
+    sql: str | None = None,
+) -> None:
     """Run `body` under sacred, observed in `folder` and, on request, in a database."""
     databases = _databases(mongo, sql)
     experiment = Experiment("bench", interactive=True, save_git_info=False)
@@ -89,8 +94,9 @@ def require_drivers(mongo: str | None, sql: str | None) -> None:
     """Say before anything is started when the package for a database is not installed."""
     for option, url, package in (("mongo", mongo, "pymongo"), ("sql", sql, "sqlalchemy")):
         if url and find_spec(package) is None:
-            raise BenchError(f"--{option} needs {package}, which is not installed: "
-                             f"pip install 'diffusion-align-bench[{option}]'")
+            raise BenchError(
+                f"--{option} needs {package}, which is not installed: pip install 'diffusion-align-bench[{option}]'"
+            )
 
 
 def _databases(mongo: str | None, sql: str | None) -> list[RunObserver]:

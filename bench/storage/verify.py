@@ -43,9 +43,11 @@ def sealed(folder: Path) -> Iterator[None]:
     """
     for found in _seal_damage(folder):
         if found.path == folder / CONFIG:
-            raise BenchError(f"{found}: what the run was started with is not certain any more; correct it by "
-                             f"{folder / 'protocol.json'}, which holds the same settings, and remove {folder / SEAL}, "
-                             "or start a new run")
+            raise BenchError(
+                f"{found}: what the run was started with is not certain any more; correct it by "
+                f"{folder / 'protocol.json'}, which holds the same settings, and remove {folder / SEAL}, "
+                "or start a new run"
+            )
         integrity.say([found], f"set aside as {integrity.set_aside(found.path)}, and made again")
     (folder / SEAL).unlink(missing_ok=True)
     yield

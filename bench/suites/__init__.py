@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
-JUDGE = ("the judge is a metric: write judge last in metrics, or leave it out there, instead of the setting 'judge'; "
-         "for other weights than the bundled ones set metric_options.judge.weights")
+JUDGE = (
+    "the judge is a metric: write judge last in metrics, or leave it out there, instead of the setting 'judge'; "
+    "for other weights than the bundled ones set metric_options.judge.weights"
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")  # becomes part of a folder's name
 
 
@@ -174,8 +176,9 @@ class Suite(Section):
         """What an entry does in each iteration; beyond the listed ones, the last is repeated."""
         if entry not in self.methods:
             hint = did_you_mean(entry, self.methods)
-            raise UsageError(f"suite '{self.name}' has no settings for method '{entry}'{hint}; "
-                             f"it has {', '.join(self.methods)}")
+            raise UsageError(
+                f"suite '{self.name}' has no settings for method '{entry}'{hint}; it has {', '.join(self.methods)}"
+            )
         listed = self.methods[entry].iterations
         count = len(listed) if count is None else count
         return [listed[min(index, len(listed) - 1)] for index in range(count)]
@@ -185,8 +188,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-5 as text for want of a dot; here it is the number it looks like."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-                              list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def available() -> dict[str, Path]:
@@ -221,8 +225,11 @@ def _read(name: str, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merged(settings[key], value) for key, value in changes.items()
-            if isinstance(value, dict) and isinstance(settings.get(key), dict)}
+    both = {
+        key: _merged(settings[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(settings.get(key), dict)
+    }
     return {**settings, **changes, **both}
 
 
@@ -239,8 +246,11 @@ def of_before(settings: dict[str, Any]) -> dict[str, Any]:
     weights = settings["judge"]
     if weights is None:
         return kept
-    options = kept.get("metric_options", {}) if weights == "mini" else {
-        **kept.get("metric_options", {}), "judge": {"weights": weights}}
+    options = (
+        kept.get("metric_options", {})
+        if weights == "mini"
+        else {**kept.get("metric_options", {}), "judge": {"weights": weights}}
+    )
     return {**kept, "metrics": [*kept.get("metrics", []), "judge"], "metric_options": options}
 
 
@@ -286,8 +296,10 @@ def _checked(suite: Suite, source: str) -> Suite:
     for kind, names in (("methods", suite.methods), ("evaluation.prompt_sets", suite.evaluation.prompt_sets)):
         for name in names:
             if not NAME.fullmatch(name):
-                raise UsageError(f"{source}{kind}.{printable(name, 80)}: an entry's name becomes part of a folder's "
-                                 "name: at most 64 letters, digits, - and _ only")
+                raise UsageError(
+                    f"{source}{kind}.{printable(name, 80)}: an entry's name becomes part of a folder's "
+                    "name: at most 64 letters, digits, - and _ only"
+                )
     for entry in suite.methods:
         for section, changed in (("train", suite.training), ("opponent", suite.opponents)):
             try:
@@ -295,8 +307,10 @@ def _checked(suite: Suite, source: str) -> Suite:
             except ValidationError as error:
                 raise UsageError(source + _explained(error, suite, entry, section)) from error
         if suite.training(entry).precision != suite.train.precision:
-            raise UsageError(f"{source}methods.{entry}.train.precision: all methods of a suite train in one "
-                             "precision, train.precision")
+            raise UsageError(
+                f"{source}methods.{entry}.train.precision: all methods of a suite train in one "
+                "precision, train.precision"
+            )
     return suite
 
 

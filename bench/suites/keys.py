@@ -8,9 +8,17 @@ from typing import Any
 
 from bench.errors import UsageError
 
-EXPECTED = {"int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
-            "bool_type": "true or false", "string_type": "text", "list_type": "a list",
-            "dict_type": "a section", "model_type": "a section", "model_attributes_type": "a section"}
+EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a section",
+    "model_type": "a section",
+    "model_attributes_type": "a section",
+}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -92,7 +100,7 @@ def unknown(key: str, known: dict[str, Any]) -> str:
     hint = ""
     if near:
         section = ".".join([*parts[:depth], near[0]])
-        nearest = ".".join([section, *parts[depth + 1:]])
+        nearest = ".".join([section, *parts[depth + 1 :]])
         inside = children(children(node)[near[0]])
         exact = nearest in leaves or not inside
         hint = f"'{nearest}'?" if exact else f"'{section}'? it has {', '.join(inside)}"

@@ -42,8 +42,10 @@ class Option:
 def options(method: type[Method]) -> dict[str, Option]:
     """Every option of a method by name, in the constructor's order; BenchError where one has no type."""
     hints, text = _hints(method), inspect.getdoc(method.__init__) or ""
-    return {name: Option(name, _written(hints[name]), parameter.default, _meaning(name, text))
-            for name, parameter in _parameters(method).items()}
+    return {
+        name: Option(name, _written(hints[name]), parameter.default, _meaning(name, text))
+        for name, parameter in _parameters(method).items()
+    }
 
 
 def resolve(method: type[Method], given: Mapping[str, Any], place: Sequence[str | int] = ()) -> dict[str, Any]:
@@ -55,9 +57,11 @@ def resolve(method: type[Method], given: Mapping[str, Any], place: Sequence[str 
         if problem["type"] != "extra_forbidden":
             raise UsageError(keys.explain({**problem, "loc": (*place, *problem["loc"])}, {})) from error
         name, takes = str(problem["loc"][0]), list(_parameters(method))
-        raise UsageError(f"unknown setting '{'.'.join(map(str, (*place, name)))}'"
-                         f"{did_you_mean(name, [*Iteration.model_fields, *takes])}; {method.name} takes "
-                         f"{', '.join(takes) or 'no options'}") from error
+        raise UsageError(
+            f"unknown setting '{'.'.join(map(str, (*place, name)))}'"
+            f"{did_you_mean(name, [*Iteration.model_fields, *takes])}; {method.name} takes "
+            f"{', '.join(takes) or 'no options'}"
+        ) from error
 
 
 def build(method: type[Method], given: Mapping[str, Any], place: Sequence[str | int] = ()) -> Method:
@@ -73,16 +77,21 @@ def build(method: type[Method], given: Mapping[str, Any], place: Sequence[str | 
 def identity(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
     """Options that are not at their default: an option that a method is given later makes no older result stale."""
     known = _parameters(method)
-    return {name: value for name, value in resolve(method, given).items()
-            if known[name].default is REQUIRED or value != known[name].default}
+    return {
+        name: value
+        for name, value in resolve(method, given).items()
+        if known[name].default is REQUIRED or value != known[name].default
+    }
 
 
 @lru_cache
 def _model(method: type[Method]) -> type[BaseModel]:
     """What checks the options: strict like every section of a suite."""
     hints = _hints(method)
-    fields: dict[str, Any] = {name: (hints[name], ... if parameter.default is REQUIRED else parameter.default)
-                              for name, parameter in _parameters(method).items()}
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is REQUIRED else parameter.default)
+        for name, parameter in _parameters(method).items()
+    }
     try:
         return create_model(f"{method.__name__}Options", __base__=Section, **fields)
     except (PydanticUserError, NameError) as error:
@@ -97,8 +106,10 @@ def _parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
         if parameter.annotation is REQUIRED:
             raise BenchError(f"{_whose(method)} does not say what type '{name}' is: write '{name}: float' or the like")
         if name in Iteration.model_fields:
-            raise BenchError(f"{_whose(method)} cannot have an option '{name}': every iteration has a setting of that "
-                             "name; choose another")
+            raise BenchError(
+                f"{_whose(method)} cannot have an option '{name}': every iteration has a setting of that "
+                "name; choose another"
+            )
     return found
 
 

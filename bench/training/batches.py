@@ -89,9 +89,11 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return torch.randperm(size, generator=generator).numpy()
 
 
-def draw(seed: int, step: int, samples: np.ndarray, shape: tuple[int, ...], timesteps: int,
-         prompt_dropout: float) -> Draws:
+def draw(
+    seed: int, step: int, samples: np.ndarray, shape: tuple[int, ...], timesteps: int, prompt_dropout: float
+) -> Draws:
     """Draw noise, a timestep in 0..timesteps-1 and the prompt dropout of every sample in a step."""
+
     def seeds(purpose: str) -> list[int]:
         return [derive(purpose, seed, step, sample) for sample in samples.tolist()]
 
@@ -107,11 +109,20 @@ def flips(seed: int, step: int, samples: np.ndarray) -> np.ndarray:
     return np.array([derive("flip", seed, step, sample) % 2 for sample in samples.tolist()], dtype=np.int64)
 
 
-def micro_batches(data: TrainData, samples: np.ndarray, *, paired: bool, seed: int, step: int,
-                  micro_batch: int, alpha_bar: Tensor, prompt_dropout: float) -> Iterator[Batch]:
+def micro_batches(
+    data: TrainData,
+    samples: np.ndarray,
+    *,
+    paired: bool,
+    seed: int,
+    step: int,
+    micro_batch: int,
+    alpha_bar: Tensor,
+    prompt_dropout: float,
+) -> Iterator[Batch]:
     """Yield a step's samples in micro-batches on the device of `alpha_bar` (fp32 `[T]`)."""
     for start in range(0, len(samples), micro_batch):
-        chosen = samples[start:start + micro_batch]
+        chosen = samples[start : start + micro_batch]
         draws = draw(seed, step, chosen, data.latent_shape, len(alpha_bar), prompt_dropout)
         latents = data.latents(chosen, paired, seed, step)
         context = data.prompts.lookup(chosen, draws.dropped)

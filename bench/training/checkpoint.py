@@ -94,5 +94,6 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise BenchError(f"{folder / STATE} cannot be read ({type(error).__name__}): remove {folder} "
-                         "to train from the start") from error
+        raise BenchError(
+            f"{folder / STATE} cannot be read ({type(error).__name__}): remove {folder} to train from the start"
+        ) from error

@@ -15,14 +15,17 @@ ROUNDING = {"fp32": 0.01, "bf16": 0.1, "fp16": 0.1}
 whole layers: 0.45 for a small UNet with torch 2.13's C++ backend, whose forward pass is right to the last digits."""
 
 
-def expect_same_gradients(compiled: Callable[[], Tensor], plain: Callable[[], Tensor], trained: Sequence[nn.Parameter],
-                          precision: str) -> None:
+def expect_same_gradients(
+    compiled: Callable[[], Tensor], plain: Callable[[], Tensor], trained: Sequence[nn.Parameter], precision: str
+) -> None:
     """Refuse a compiler whose gradients of an error `[B]` are not those of the plain model; leaves no gradients."""
     found, expected = (_gradients(errors, trained) for errors in (compiled, plain))
     distance = _norm([one - other for one, other in zip(found, expected, strict=True)]) / _norm(expected)
     if not distance <= ROUNDING[precision]:  # NaN is none either
-        raise UsageError(f"train.compile: torch {torch.__version__} compiles this model wrongly for a "
-                         f"{trained[0].device.type}: its gradients are {distance:.0%} off; set train.compile=false")
+        raise UsageError(
+            f"train.compile: torch {torch.__version__} compiles this model wrongly for a "
+            f"{trained[0].device.type}: its gradients are {distance:.0%} off; set train.compile=false"
+        )
 
 
 def _gradients(errors: Callable[[], Tensor], trained: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -50,6 +50,6 @@ def inner_products(policy: Tensor, reference: Tensor | None, paired: bool) -> Pr
     winner, loser = policy.chunk(2) if paired else (policy, None)
 
     def product(other: Tensor) -> Tensor:
-        return (winner * other[:len(winner)]).mean(dim=(1, 2, 3))
+        return (winner * other[: len(winner)]).mean(dim=(1, 2, 3))
 
     return Products(None if loser is None else product(loser), None if reference is None else product(reference))

@@ -57,8 +57,11 @@ class TrainSettings:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers, for the hash of a stage."""
         later = {field.name: field.default for field in fields(self) if field.name in LATER}
-        decides = {name: value for name, value in asdict(self).items()
-                   if name not in NEUTRAL and not (name in later and value == later[name])}
+        decides = {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in NEUTRAL and not (name in later and value == later[name])
+        }
         return decides if self.ema is None else {**decides, "ema_ramp": False}  # results with one are stale
 
 
@@ -70,11 +73,13 @@ def make_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
-def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings,
-                   device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings, device: torch.device) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or the same with its two moments in 8 bits (arXiv 2110.02861)."""
-    options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.adam_beta1, settings.adam_beta2),
-               "weight_decay": settings.weight_decay}
+    options: dict[str, Any] = {
+        "lr": settings.lr,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "weight_decay": settings.weight_decay,
+    }
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)
     from bitsandbytes.optim import AdamW8bit
@@ -84,8 +89,12 @@ def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings,
 
 def require_packages(optimizer: str, lora_rank: int | None) -> None:
     """Say before anything is started which package for an option is not installed."""
-    for wanted, package, option in ((optimizer == "adamw8bit", "bitsandbytes", "optimizer=adamw8bit"),
-                                    (lora_rank is not None, "peft", f"lora_rank={lora_rank}")):
+    for wanted, package, option in (
+        (optimizer == "adamw8bit", "bitsandbytes", "optimizer=adamw8bit"),
+        (lora_rank is not None, "peft", f"lora_rank={lora_rank}"),
+    ):
         if wanted and find_spec(package) is None:
-            raise UsageError(f"train.{option} needs {package}, which is not installed: "
-                             f"pip install 'diffusion-align-bench[{package}]'")
+            raise UsageError(
+                f"train.{option} needs {package}, which is not installed: "
+                f"pip install 'diffusion-align-bench[{package}]'"
+            )

@@ -43,8 +43,15 @@ class Signals:
     - `peak_memory_gib`, as torch allocated it on this process's GPU since the training began; null on a CPU.
     """
 
-    def __init__(self, accelerator: Accelerator, timesteps: int, batch_size: int, paired: bool,
-                 declared: Sequence[Signal], flops_per_sample: float | None = None):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        timesteps: int,
+        batch_size: int,
+        paired: bool,
+        declared: Sequence[Signal],
+        flops_per_sample: float | None = None,
+    ):
         self.declared = {signal.name: signal for signal in (*EVERY_TRAINING, *declared)}
         self.accelerator, self.timesteps, self.batch_size = accelerator, timesteps, batch_size
         self.images = 2 if paired else 1
@@ -83,20 +90,26 @@ class Signals:
             count = self.steps * self.accelerator.num_processes if name in PER_STEP else samples
             row |= self._columns(name, total, count)
         rate = samples / seconds
-        row |= {"lr": lr, "pairs_per_s": rate, "images_per_s": rate * self.images, "mfu": self._mfu(rate),
-                "peak_memory_gib": peak_memory(self.accelerator.device)}
+        row |= {
+            "lr": lr,
+            "pairs_per_s": rate,
+            "images_per_s": rate * self.images,
+            "mfu": self._mfu(rate),
+            "peak_memory_gib": peak_memory(self.accelerator.device),
+        }
         self.sums, self.steps, self.started = {}, 0, time.perf_counter()
         return row
 
     def _columns(self, name: str, total: list[float], count: int) -> Row:
         columns, signal = {name: total[0] / count}, self.declared[name]
         if signal.spread:
-            variance = total[1] / count - columns[name]**2
+            variance = total[1] / count - columns[name] ** 2
             columns[f"{name}_std"] = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else UNKNOWN
         if signal.by_timestep:
-            ranges = zip(bounds(self.timesteps), total[-2 * BUCKETS:-BUCKETS], total[-BUCKETS:], strict=True)
-            columns |= {f"{name}_t{low}_{high}": drift / seen if seen else UNKNOWN
-                        for (low, high), drift, seen in ranges}
+            ranges = zip(bounds(self.timesteps), total[-2 * BUCKETS : -BUCKETS], total[-BUCKETS:], strict=True)
+            columns |= {
+                f"{name}_t{low}_{high}": drift / seen if seen else UNKNOWN for (low, high), drift, seen in ranges
+            }
         return columns
 
     def _mfu(self, rate: float) -> float:
@@ -112,8 +125,10 @@ class Signals:
         """Go on from `state`; the main process takes over what all processes had added."""
         share = 1.0 if self.accelerator.is_main_process else 0.0
         device = self.accelerator.device
-        self.sums = {name: share * torch.tensor(total, dtype=self.exact, device=device)
-                     for name, total in state["totals"].items()}
+        self.sums = {
+            name: share * torch.tensor(total, dtype=self.exact, device=device)
+            for name, total in state["totals"].items()
+        }
         self.steps, self.started = state["steps"], time.perf_counter() - state["seconds"]
 
 
@@ -174,16 +189,20 @@ class Watch:
         """Judge a row over `steps` steps. Raises Broken."""
         for name in self.finite:
             if not math.isfinite(row[name]):
-                raise Broken(f"{self.method}: {name} became {row[name]} in steps {row['step'] - steps + 1} to "
-                                 f"{row['step']} (lr {row['lr']:g}); try a lower lr or a longer warm-up")
+                raise Broken(
+                    f"{self.method}: {name} became {row[name]} in steps {row['step'] - steps + 1} to "
+                    f"{row['step']} (lr {row['lr']:g}); try a lower lr or a longer warm-up"
+                )
         self.first = self.first or row
         kind = self._collapsed(row)
         self.rows = self.rows + 1 if kind == self.kind else 1
         self.kind = kind
         if kind and self.rows >= PATIENCE and self.collapse:
-            raise Broken(f"{self.method}: collapsed: {kind}, in the last {self.rows} rows of the log to step "
-                             f"{row['step']} (lr {row['lr']:g}); try a lower lr or other beta, or go on all the "
-                             "same with train.stop_on_collapse=false")
+            raise Broken(
+                f"{self.method}: collapsed: {kind}, in the last {self.rows} rows of the log to step "
+                f"{row['step']} (lr {row['lr']:g}); try a lower lr or other beta, or go on all the "
+                "same with train.stop_on_collapse=false"
+            )
 
     def _collapsed(self, row: Row) -> str:
         loss, error = row[LOSS.name], WINNER_ERROR.name

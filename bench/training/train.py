@@ -41,10 +41,21 @@ class Pass(NamedTuple):
     facts: Facts
 
 
-def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
-          data: TrainData, settings: TrainSettings, noise_scheduler: Any, seed: int, accelerator: Accelerator,
-          description: str = "training", checkpoints: Checkpoints | None = None,
-          flops_per_sample: float | None = None, results: Collection[int] = (), keep: Keep | None = None) -> list[Row]:
+def train(
+    policy: UNet2DConditionModel,
+    reference: UNet2DConditionModel | None,
+    method: Method,
+    data: TrainData,
+    settings: TrainSettings,
+    noise_scheduler: Any,
+    seed: int,
+    accelerator: Accelerator,
+    description: str = "training",
+    checkpoints: Checkpoints | None = None,
+    flops_per_sample: float | None = None,
+    results: Collection[int] = (),
+    keep: Keep | None = None,
+) -> list[Row]:
     """Train `policy` in place with fp32 weights and return the logged signals.
 
     `noise_scheduler` is the pipeline's (any diffusers scheduler): its `alphas_cumprod` and `prediction_type`
@@ -90,9 +101,18 @@ def train(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, 
 class Loop:
     """The state of one training run: models, optimizer, signals and history."""
 
-    def __init__(self, policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
-                 data: TrainData, settings: TrainSettings, noise_scheduler: Any, seed: int,
-                 accelerator: Accelerator, flops_per_sample: float | None):
+    def __init__(
+        self,
+        policy: UNet2DConditionModel,
+        reference: UNet2DConditionModel | None,
+        method: Method,
+        data: TrainData,
+        settings: TrainSettings,
+        noise_scheduler: Any,
+        seed: int,
+        accelerator: Accelerator,
+        flops_per_sample: float | None,
+    ):
         self.policy, self.method, self.data, self.settings, self.seed = policy, method, data, settings, seed
         self.accelerator = accelerator
         self.paired = method.pairing is not Pairing.WINNER
@@ -107,10 +127,12 @@ class Loop:
             policy.enable_gradient_checkpointing()
         trained = self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
         self.denoiser, self.optimizer = accelerator.prepare(
-            Denoiser(unet, prediction_type), make_optimizer(trained, settings, device))
+            Denoiser(unet, prediction_type), make_optimizer(trained, settings, device)
+        )
         self.ema = None if settings.ema is None else moving_average(trained, settings.ema)
-        self.signals = Signals(accelerator, len(self.alpha_bar), settings.batch_size, self.paired, method.signals,
-                               flops_per_sample)
+        self.signals = Signals(
+            accelerator, len(self.alpha_bar), settings.batch_size, self.paired, method.signals, flops_per_sample
+        )
         self.watch = Watch(method, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
         self.history: list[Row] = []
         self.started, self.earlier = time.perf_counter(), 0.0
@@ -130,8 +152,9 @@ class Loop:
             return differences(denoiser, batch).square().mean(dim=(1, 2, 3))
 
         with self.accelerator.no_sync(self.denoiser), self.accelerator.autocast():
-            expect_same_gradients(lambda: errors(self.denoiser), lambda: errors(plain), self.trained,
-                                  self.settings.precision)
+            expect_same_gradients(
+                lambda: errors(self.denoiser), lambda: errors(plain), self.trained, self.settings.precision
+            )
 
     def step(self, step: int) -> None:
         """One optimizer step; `step` counts from 0 in this iteration. Never waits for the device."""
@@ -154,16 +177,23 @@ class Loop:
     def _batches(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of a step."""
         settings, number = self.settings, self.settings.first_step + step
-        return micro_batches(self.data, self._own_samples(step), paired=self.paired, seed=self.seed, step=number,
-                             micro_batch=settings.micro_batch, alpha_bar=self.alpha_bar,
-                             prompt_dropout=settings.prompt_dropout)
+        return micro_batches(
+            self.data,
+            self._own_samples(step),
+            paired=self.paired,
+            seed=self.seed,
+            step=number,
+            micro_batch=settings.micro_batch,
+            alpha_bar=self.alpha_bar,
+            prompt_dropout=settings.prompt_dropout,
+        )
 
     def _own_samples(self, step: int) -> np.ndarray:
         """This process's slice, by position, of the global batch."""
         size, processes = self.settings.batch_size, self.accelerator.num_processes
         index = self.accelerator.process_index
         batch = sample_order(self.seed, (self.settings.first_step + step) * size, size, len(self.data))
-        return batch[size * index // processes:size * (index + 1) // processes]
+        return batch[size * index // processes : size * (index + 1) // processes]
 
     def _pass(self, batch: Batch) -> Pass:
         """Run reference and policy on a micro-batch.
@@ -187,8 +217,10 @@ class Loop:
     def _batch_mean(self, step: int) -> Tensor:
         """The mean of the method's statistic over the global batch, fp32 []; it costs a pass over all of it."""
         with torch.no_grad():
-            sums = [self._expect_rows("statistic", self.method.statistic(*found), found).to(self.signals.exact).sum()
-                    for found in map(self._pass, self._batches(step))]
+            sums = [
+                self._expect_rows("statistic", self.method.statistic(*found), found).to(self.signals.exact).sum()
+                for found in map(self._pass, self._batches(step))
+            ]
         total = self.accelerator.reduce(torch.stack(sums).sum(), "sum")
         return (total / self.settings.batch_size).float()
 
@@ -203,15 +235,19 @@ class Loop:
         self.accelerator.backward(loss.sum() * scale)
         for name, signal in {LOSS.name: loss, WINNER_ERROR.name: found.policy.winner, **signals}.items():
             if name not in self.signals.declared:
-                raise BenchError(f"{self.method.name}: its loss logs '{name}', which is not among its signals"
-                                 f"{did_you_mean(name, self.signals.declared)}")
+                raise BenchError(
+                    f"{self.method.name}: its loss logs '{name}', which is not among its signals"
+                    f"{did_you_mean(name, self.signals.declared)}"
+                )
             self.signals.add(name, self._expect_rows(name, signal, found), told.timestep)
 
     def _expect_rows(self, name: str, values: Tensor, found: Pass) -> Tensor:
         """One value a sample: of a mean, the scale of the gradient would be silently wrong."""
         if values.shape != found.policy.winner.shape:
-            raise BenchError(f"{self.method.name}: {name} has shape {list(values.shape)}, but one value a sample, "
-                             f"{list(found.policy.winner.shape)}, is asked for")
+            raise BenchError(
+                f"{self.method.name}: {name} has shape {list(values.shape)}, but one value a sample, "
+                f"{list(found.policy.winner.shape)}, is asked for"
+            )
         return values
 
     def _adapter_off(self) -> AbstractContextManager[None]:
@@ -234,11 +270,17 @@ class Loop:
             scaler = self.accelerator.scaler
             with checkpoints.write(step + 1, self.earlier + began - self.started) as folder:
                 _save_weights(self.policy, folder)
-                save_state(folder, {
-                    "step": step + 1, "signals": signals, "history": self.history,
-                    "optimizer": self.optimizer.state_dict(),
-                    "ema": self.ema.state_dict() if self.ema is not None else None,
-                    "scaler": scaler.state_dict() if scaler is not None else None})
+                save_state(
+                    folder,
+                    {
+                        "step": step + 1,
+                        "signals": signals,
+                        "history": self.history,
+                        "optimizer": self.optimizer.state_dict(),
+                        "ema": self.ema.state_dict() if self.ema is not None else None,
+                        "scaler": scaler.state_dict() if scaler is not None else None,
+                    },
+                )
         self.accelerator.wait_for_everyone()
         self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
 
@@ -263,8 +305,10 @@ class Loop:
     def expect_finite(self, step: int) -> None:
         """Refuse to make a result of weights that the last step broke; the log would show it in the next one only."""
         if not self._weights_finite():
-            raise Broken(f"{self.method.name}: the weights are not finite after step {self.settings.first_step + step} "
-                         f"(lr {self.settings.learning_rate(step - 1):g}); try a lower lr or a longer warm-up")
+            raise Broken(
+                f"{self.method.name}: the weights are not finite after step {self.settings.first_step + step} "
+                f"(lr {self.settings.learning_rate(step - 1):g}); try a lower lr or a longer warm-up"
+            )
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -340,17 +384,26 @@ def _load_weights(policy: UNet2DConditionModel, folder: Path) -> None:
         policy.load_state_dict(load_unet(folder / "unet").state_dict())
 
 
-def _check(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None, method: Method,
-           data: TrainData, settings: TrainSettings, accelerator: Accelerator) -> None:
+def _check(
+    policy: UNet2DConditionModel,
+    reference: UNet2DConditionModel | None,
+    method: Method,
+    data: TrainData,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+) -> None:
     """Refuse what could only fail later or, worse, train something else."""
     if policy.dtype != torch.float32:
-        raise BenchError(f"the policy's weights are {policy.dtype}, in which small updates vanish: "
-                         "train fp32 weights with mixed precision")
+        raise BenchError(
+            f"the policy's weights are {policy.dtype}, in which small updates vanish: "
+            "train fp32 weights with mixed precision"
+        )
     if method.pairing is not Pairing.WINNER and data.losers is None:
         raise BenchError(f"{method.name} is trained on pairs, but the data has no losers")
     if accelerator.mixed_precision != ("no" if settings.precision == "fp32" else settings.precision):
-        raise BenchError(f"train.precision is {settings.precision}, but the accelerator was made for "
-                         f"{accelerator.mixed_precision}")
+        raise BenchError(
+            f"train.precision is {settings.precision}, but the accelerator was made for {accelerator.mixed_precision}"
+        )
     if adapters.attached(policy) != (settings.lora_rank is not None):
         raise BenchError(f"train.lora_rank is {settings.lora_rank}: the policy needs an adapter exactly then")
     if reference is policy and settings.lora_rank is None:
@@ -358,5 +411,6 @@ def _check(policy: UNet2DConditionModel, reference: UNet2DConditionModel | None,
     if method.needs_reference and reference is None:
         raise BenchError(f"{method.name} needs a reference model")
     if settings.batch_size < accelerator.num_processes:
-        raise UsageError(f"batch_size {settings.batch_size} is smaller than the number of processes, "
-                         f"{accelerator.num_processes}")
+        raise UsageError(
+            f"batch_size {settings.batch_size} is smaller than the number of processes, {accelerator.num_processes}"
+        )

@@ -37,9 +37,17 @@ def test_the_embedded_default_is_complete():
 def test_every_official_file_is_named_once_with_its_size_and_place():
     files = list(metric_files(load_suite("mini", OFFICIAL)))
     assert [file.name for file in files] == [
-        "yuvalkirstain/PickScore_v1", "tokenizer.json", "preprocessor_config.json", "HPS_v2_compressed.pt",
-        "ImageReward.pt", "med_config.json", "vocab.txt", "sac+logos+ava1-l14-linearMSE.pth",
-        "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"]
+        "yuvalkirstain/PickScore_v1",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "HPS_v2_compressed.pt",
+        "ImageReward.pt",
+        "med_config.json",
+        "vocab.txt",
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "openai/clip-vit-large-patch14",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ]
     assert all(file.where is None and file.size and "BENCH_WEIGHTS" in file.fix for file in files)
     assert "xswu/HPSv2" in files[3].fix
 
@@ -55,6 +63,7 @@ def test_a_file_in_the_folder_of_weights_is_found(monkeypatch, tmp_path):
 
 def test_a_tokenizer_counts_where_the_loaders_look(monkeypatch, tmp_path):
     """Beside the weights, or in a folder with the name of its repository; not just anywhere."""
+
     def tokenizer() -> str | None:
         suite = load_suite("mini", ["metrics=[hpsv2]", "metric_options.hpsv2.weights=official"])
         return {file.name: file.where for file in metric_files(suite)}["tokenizer.json"]
@@ -85,8 +94,10 @@ def test_a_pipeline_of_the_hub_that_is_not_here():
 
 def test_data_that_is_not_here(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
-    suite = load_suite("mini", ["data.pairs=pickapic:owner/name#train",
-                                f"evaluation.prompt_sets.mine.prompts={tmp_path / 'prompts.txt'}"])
+    suite = load_suite(
+        "mini",
+        ["data.pairs=pickapic:owner/name#train", f"evaluation.prompt_sets.mine.prompts={tmp_path / 'prompts.txt'}"],
+    )
     pairs, *prompts = data_files(suite)
     assert pairs.where is None
     assert "owner/name is a data set on the hub" in pairs.fix
@@ -100,8 +111,7 @@ def test_the_command(tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
     assert status == 0
     assert out.splitlines()[-1] == "suite tiny has all it needs"
     monkeypatch.setattr(doctor, "plan", lambda *_: Plan("", (), (StagePlan("", 1, "", 1, 10**15, 10**15, "fp32"),), ()))
-    status, out, err = run([*line, "--set", "evaluation.prompt_sets.test.prompts=gone.txt", "--format", "json"],
-                           capsys)
+    status, out, err = run([*line, "--set", "evaluation.prompt_sets.test.prompts=gone.txt", "--format", "json"], capsys)
     said = ["1 of 7 files are missing", "not enough disk space here (results/, all methods once)", "not enough memory"]
     assert (status, json.loads(out)["problems"]) == (1, said)
     assert err.splitlines()[-1] == f"bench: suite tiny: {'; '.join(said)}"

@@ -21,8 +21,11 @@ def test_stable_diffusion_1_5():
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2)
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
     assert unet_flops(unet, (4, 64, 64), tokens=77) == pytest.approx(0.803e12, rel=1e-3)
     assert vae_flops(vae, (4, 64, 64)) == pytest.approx((1.117e12, 2.515e12), rel=1e-3)
 

@@ -43,14 +43,22 @@ def test_energy_is_the_difference_of_the_drivers_counters(monkeypatch):
     """Two GPUs: 1000 and 2500 millijoules more at the end are 3.5 joules."""
     readings = iter([10_000, 20_000, 11_000, 22_500])
     library = SimpleNamespace(
-        nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=lambda name: name, NVMLError=RuntimeError,
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings))
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        NVMLError=RuntimeError,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(readings),
+    )
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for name, value in {"is_available": True, "device_count": 2, "max_memory_allocated": 7, "synchronize": None,
-                        "reset_peak_memory_stats": None,
-                        "get_device_properties": SimpleNamespace(uuid="x")}.items():
+    for name, value in {
+        "is_available": True,
+        "device_count": 2,
+        "max_memory_allocated": 7,
+        "synchronize": None,
+        "reset_peak_memory_stats": None,
+        "get_device_properties": SimpleNamespace(uuid="x"),
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     with metered() as spent:
         pass

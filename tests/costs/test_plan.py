@@ -70,24 +70,45 @@ def test_a_training_step_of_the_miniature_costs_what_is_planned(mini, accelerato
     """Diffusion-KTO's loss knows a mean over the batch, for which both models run over it once more."""
     monkeypatch.setitem(registry.BUILT_IN["methods"], "diffusion_kto", "plug_ins:DiffusionKTO")
     adapter = [f"train.lora_rank={lora}"] if lora else []
-    suite = load_suite("mini", [*NOTHING_SCORED, "train.batch_size=2", "train.micro_batch=1", *adapter,
-                                "methods.diffusion_kto={iterations: [{steps: 1, lr: 1e-8, beta: 100}]}"])
+    suite = load_suite(
+        "mini",
+        [
+            *NOTHING_SCORED,
+            "train.batch_size=2",
+            "train.micro_batch=1",
+            *adapter,
+            "methods.diffusion_kto={iterations: [{steps: 1, lr: 1e-8, beta: 100}]}",
+        ],
+    )
     planner, paired = Planner(suite, 0), method != "sft"
     planned = planner.train(method, 1, 1, paired=paired, reference=paired)
     real = count(step(mini, accelerator, method, 2, 1, lora=lora))
     assert planned.flops == pytest.approx(real, rel=0.05)
     assert planned.count == 2
-    after = cost.training_flops(planner.forward, 2, paired=paired, reference=paired, adapter=lora is not None,
-                                statistic=method == "diffusion_kto")
+    after = cost.training_flops(
+        planner.forward,
+        2,
+        paired=paired,
+        reference=paired,
+        adapter=lora is not None,
+        statistic=method == "diffusion_kto",
+    )
     assert after == pytest.approx(real, rel=0.05)
 
 
 def test_sampling_an_image_of_the_miniature_costs_what_is_planned(mini):
-    settings = [*NOTHING_SCORED, "evaluation.steps=3", "evaluation.guidance=[1.0, 3.0]", "evaluation.seeds=[1]",
-                "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 1}}"]
+    settings = [
+        *NOTHING_SCORED,
+        "evaluation.steps=3",
+        "evaluation.guidance=[1.0, 3.0]",
+        "evaluation.seeds=[1]",
+        "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 1}}",
+    ]
     planned = Planner(load_suite("mini", settings), 0).sampling(models=1)
-    real = sum(count(lambda guidance=guidance: sample(mini, ["a"], guidance=guidance, steps=3, seeds=[1]))
-               for guidance in (1.0, 3.0))
+    real = sum(
+        count(lambda guidance=guidance: sample(mini, ["a"], guidance=guidance, steps=3, seeds=[1]))
+        for guidance in (1.0, 3.0)
+    )
     assert planned.count == 2
     assert planned.flops == pytest.approx(real, rel=0.05)  # the prompt's embedding is the difference
 
@@ -95,12 +116,16 @@ def test_sampling_an_image_of_the_miniature_costs_what_is_planned(mini):
 def test_a_pair_of_stable_diffusion_1_5_costs_what_torch_counts(monkeypatch):
     """Winner and loser forward and backward, and forward through the reference: 6.42 TFLOP."""
     monkeypatch.setattr(memory, "training_bytes", lambda *_, **__: 0)  # takes longer than all of this
-    suite = load_suite("mini", [*NOTHING_SCORED, "model.weights=random:sd15", "train.batch_size=1",
-                                "train.micro_batch=1"])
+    suite = load_suite(
+        "mini", [*NOTHING_SCORED, "model.weights=random:sd15", "train.batch_size=1", "train.micro_batch=1"]
+    )
     planner = Planner(suite, 0)
     planned, unet = planner.train("spin", 1, 1, paired=True, reference=True), planner.models.unet
-    rows = (torch.empty(2, 4, 64, 64, device="meta"), torch.zeros(2, device="meta"),
-            torch.empty(2, 77, 768, device="meta"))
+    rows = (
+        torch.empty(2, 4, 64, 64, device="meta"),
+        torch.zeros(2, device="meta"),
+        torch.empty(2, 77, 768, device="meta"),
+    )
 
     def pair() -> None:
         with torch.no_grad():
@@ -112,8 +137,10 @@ def test_a_pair_of_stable_diffusion_1_5_costs_what_torch_counts(monkeypatch):
     assert planned.disk_bytes == 859_520_964 * 4
 
 
-@pytest.mark.parametrize(("method", "size", "micro", "lora"),
-                         [("spin", 4, 4, None), ("spin", 4, 2, None), ("sft", 8, 8, None), ("spin", 4, 2, 4)])
+@pytest.mark.parametrize(
+    ("method", "size", "micro", "lora"),
+    [("spin", 4, 4, None), ("spin", 4, 2, None), ("sft", 8, 8, None), ("spin", 4, 2, 4)],
+)
 def test_peak_memory_of_a_training_step_is_what_torch_allocates(mini, accelerator, method, size, micro, lora):
     run = step(mini, accelerator, method, size, micro, steps=2, lora=lora)  # AdamW's moments are there at the second
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -122,8 +149,16 @@ def test_peak_memory_of_a_training_step_is_what_torch_allocates(mini, accelerato
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     allocated = max(np.cumsum(sizes))
     sides = 1 if method == "sft" else 2
-    planned = memory.training_bytes(mini.unet, (4, 8, 8), 32, micro * sides, dtype="fp32",
-                                    reference=sides == 2 and not lora, accumulate=size > micro, lora_rank=lora)
+    planned = memory.training_bytes(
+        mini.unet,
+        (4, 8, 8),
+        32,
+        micro * sides,
+        dtype="fp32",
+        reference=sides == 2 and not lora,
+        accumulate=size > micro,
+        lora_rank=lora,
+    )
     assert planned == pytest.approx(allocated, rel=0.05)
 
 
@@ -145,10 +180,18 @@ def test_pndm_evaluates_once_more_than_it_is_asked_for():
     assert [solver_evaluations(name, 50) for name in ("ddim", "pndm", "ddpm")] == [50, 51, 50]
 
 
-@pytest.mark.parametrize(("device", "card"), [
-    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
-    ("NVIDIA A100-SXM4-80GB", "a100"), ("Tesla T4", "t4"), ("NVIDIA RTX 6000 Ada Generation", None),
-    ("cpu (x86_64, 2 threads)", None)])
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA RTX 6000 Ada Generation", None),
+        ("cpu (x86_64, 2 threads)", None),
+    ],
+)
 def test_cards_are_known_by_the_drivers_names(device, card):
     assert cards.recognise(device) == card
 
@@ -156,12 +199,31 @@ def test_cards_are_known_by_the_drivers_names(device, card):
 def test_the_command_prints_hours_that_follow_from_the_operations(tiny_pipeline_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
     suite = tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
-    line = ["plan", "--suite", str(suite), "--method", "spin", "--iters", "2", "--card", "a100", "--mfu", "0.5",
-            "--gpus", "4"]
+    line = [
+        "plan",
+        "--suite",
+        str(suite),
+        "--method",
+        "spin",
+        "--iters",
+        "2",
+        "--card",
+        "a100",
+        "--mfu",
+        "0.5",
+        "--gpus",
+        "4",
+    ]
     record = json.loads(run([*line, "--format", "json"], capsys))
     assert [stage["name"] for stage in record["stages"]] == [
-        "encode", "spin 1: opponent", "spin 1: training", "spin 2: opponent", "spin 2: training",
-        "evaluation: sampling", "evaluation: scoring"]
+        "encode",
+        "spin 1: opponent",
+        "spin 1: training",
+        "spin 2: opponent",
+        "spin 2: training",
+        "evaluation: sampling",
+        "evaluation: scoring",
+    ]
     stages, total = record["stages"], record["total"]
     assert [stage["count"] for stage in stages] == [12, 8, 8, 7, 8, 48, 48]  # images: (1 + 2) models x 4 x 2 seeds x 2
     assert total["flops"] == sum(stage["flops"] for stage in stages)

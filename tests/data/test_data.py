@@ -23,10 +23,11 @@ from bench.metrics.base import to_rgb
 from bench.storage.shards import BrokenRows
 
 BROKEN = jpg((1, 2, 3))[:200]
-ROWS = [[row("a cat", 1.0, 0), row("a tie", 0.5, 1), row(" a dog ", 0.0, 2)],
-        [row(None, 1.0, 3), row("a cat", 0.0, 4, jpg_0=BROKEN), row("no label", None, 5), row("  ", 0.0, 6)],
-        [row("a cow", 1.0, 7, jpg_0=BROKEN), row("a cat", 1.0, 8, image_0_uid="red-0"),
-         row("nothing", 0.0, 9, jpg_1=None)]]
+ROWS = [
+    [row("a cat", 1.0, 0), row("a tie", 0.5, 1), row(" a dog ", 0.0, 2)],
+    [row(None, 1.0, 3), row("a cat", 0.0, 4, jpg_0=BROKEN), row("no label", None, 5), row("  ", 0.0, 6)],
+    [row("a cow", 1.0, 7, jpg_0=BROKEN), row("a cat", 1.0, 8, image_0_uid="red-0"), row("nothing", 0.0, 9, jpg_1=None)],
+]
 
 
 @pytest.fixture
@@ -80,8 +81,11 @@ def test_only_the_columns_and_row_groups_needed_are_read(shards, tmp_path, monke
     read, groups = [], []
     whole, group = pq.ParquetFile.read, pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns: read.append(columns) or whole(self, columns))
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group",
-                        lambda self, number, columns: groups.append((number, columns)) or group(self, number, columns))
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_group",
+        lambda self, number, columns: groups.append((number, columns)) or group(self, number, columns),
+    )
     data = open_pairs(f"pickapic:{shards}", tmp_path)
     assert len(read) == 3 and not any("jpg" in name for columns in read for name in columns)
     data.winners([0])
@@ -175,11 +179,18 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
     assert text.startswith("gone/pickapic: no such folder, and the hub failed: 404 Client Error (a mirror")
 
 
-@pytest.mark.parametrize(("spec", "said"), [
-    ("pickapic:{}/nowhere", "no such folder of parquet files"), ("folder:{}/nowhere", "no such folder of images"),
-    ("folder:{}/empty", "expected .png, .jpg, .jpeg, .webp files, found none"),
-    ("pickapic:{}/empty", "expected parquet files, found none"), ("pikapic:x", "unknown source 'pikapic:x'"),
-    ("folder:", "unknown source"), ("world", "data.size: the drawn world has no end")])
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("pickapic:{}/nowhere", "no such folder of parquet files"),
+        ("folder:{}/nowhere", "no such folder of images"),
+        ("folder:{}/empty", "expected .png, .jpg, .jpeg, .webp files, found none"),
+        ("pickapic:{}/empty", "expected parquet files, found none"),
+        ("pikapic:x", "unknown source 'pikapic:x'"),
+        ("folder:", "unknown source"),
+        ("world", "data.size: the drawn world has no end"),
+    ],
+)
 def test_what_is_not_there_is_named(spec, said, tmp_path):
     (tmp_path / "empty").mkdir()
     assert said in complaint(spec.format(tmp_path), tmp_path)
@@ -204,6 +215,7 @@ def test_a_world_of_another_size_than_the_pipeline_is_refused(tmp_path):
 
 
 # --- folders ---
+
 
 def save(path: Path, colour, size=(40, 40), **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,6 +306,7 @@ def test_images_are_cut_from_the_middle_upright_and_rgb():
 
 # --- prompt files ---
 
+
 def deep(mode: str) -> bytes:
     """A horizontal gradient over all 65536 levels, as a PNG of 16 bits a channel."""
     levels = np.linspace(0, 65535, 64).round().astype(np.uint16)[None].repeat(64, 0)
@@ -306,8 +319,12 @@ def deep(mode: str) -> bytes:
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(raw))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("mode", ["grey", "colour"])
@@ -325,7 +342,8 @@ def test_16_bits_are_scaled_to_8_in_training_and_scoring(mode):
 
 def test_published_prompt_files_load(tmp_path):
     (tmp_path / "PartiPrompts.tsv").write_text(
-        'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\na "quoted word\tArts\tSymbols\t-\n1999\tx\ty\t\n')
+        'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\na "quoted word\tArts\tSymbols\t-\n1999\tx\ty\t\n'
+    )
     expected = ("bond", 'a "quoted word', "1999")
     assert load_prompts(str(tmp_path / "PartiPrompts.tsv")).prompts == expected
     assert load_prompts(f"partiprompts:{tmp_path}").prompts == expected

@@ -19,9 +19,16 @@ def test_parse_is_the_inverse_of_caption(seed, variant, count):
     assert world.parse(world.caption(scene, variant)) == scene
 
 
-@pytest.mark.parametrize("text", ["", "a cat", "a small red circle", "a small red circle a large blue ring on a white "
-                                  "background", "a small red circle above a large blue ring to the left of a small "
-                                  "green star on a white background"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a cat",
+        "a small red circle",
+        "a small red circle a large blue ring on a white background",
+        "a small red circle above a large blue ring to the left of a small green star on a white background",
+    ],
+)
 def test_parse_refuses_what_the_grammar_cannot_say(text):
     with pytest.raises(ValueError, match="not a caption"):
         world.parse(text)
@@ -89,8 +96,10 @@ def test_each_defect_changes_what_it_names():
     scene = world.parse("a large red square on a grey background")
     clean, *spoilt = world.render([scene] * 6, np.concatenate([np.zeros((1, 5)), np.eye(5)]), [3] * 6).astype(float)
     fade, oversaturation, blotches, displacement, shadow = spoilt
-    chroma = {name: np.ptp(image, axis=2).max()
-              for name, image in (("clean", clean), ("fade", fade), ("over", oversaturation))}
+    chroma = {
+        name: np.ptp(image, axis=2).max()
+        for name, image in (("clean", clean), ("fade", fade), ("over", oversaturation))
+    }
     assert chroma["fade"] < 0.6 * chroma["clean"] < chroma["clean"] < 0.8 * chroma["over"]
     assert blotches[:8, :8].std() > 5 * max(clean[:8, :8].std(), 1)
     centre = [np.argwhere(image[..., 0] > 170).mean(axis=0) for image in (clean, displacement)]
@@ -101,8 +110,9 @@ def test_each_defect_changes_what_it_names():
 def test_splits_share_no_combination():
     sets = {name: load_prompts(f"world:{name}") for name in ("train", "validation", "test", "hard")}
     assert [len(sets[name]) for name in ("validation", "test", "hard")] == [250, 500, 250]
-    combinations = {name: {world.parse(prompt).combination for prompt in prompts.prompts}
-                    for name, prompts in sets.items()}
+    combinations = {
+        name: {world.parse(prompt).combination for prompt in prompts.prompts} for name, prompts in sets.items()
+    }
     assert not combinations["test"] & (combinations["train"] | combinations["validation"])
     assert not combinations["validation"] & combinations["train"]
     assert all(len(world.parse(prompt).things) == 3 for prompt in sets["hard"].prompts)
@@ -136,9 +146,14 @@ def test_preference_data_renders_winners_and_losers_of_the_same_prompt():
     assert data.fingerprint == PreferenceData(6, 1).fingerprint != PreferenceData(6, 2).fingerprint
 
 
-@pytest.mark.parametrize(("content", "name", "message"), [
-    ("", "empty.txt", "no prompts"), ("a\n\nb\n", "gap.txt", "1 empty prompt.*row 2"),
-    ("words\nhello\n", "table.csv", "no column 'prompt'; found words")])
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        ("", "empty.txt", "no prompts"),
+        ("a\n\nb\n", "gap.txt", "1 empty prompt.*row 2"),
+        ("words\nhello\n", "table.csv", "no column 'prompt'; found words"),
+    ],
+)
 def test_bad_prompt_files_are_named(tmp_path, content, name, message):
     path = tmp_path / name
     path.write_text(content)

@@ -30,10 +30,17 @@ class Tones(Metric):
         check_lengths(images, prompts)
         pixels = [np.asarray(to_rgb(image)) for image in images]
         ends = [np.isin(picture, (0, 255)).any(axis=2) for picture in pixels]
-        return {"brightness": np.array([picture.mean() for picture in pixels], np.float32),
-                "clipped": np.array([100 * end.mean() for end in ends], np.float32)}
+        return {
+            "brightness": np.array([picture.mean() for picture in pixels], np.float32),
+            "clipped": np.array([100 * end.mean() for end in ends], np.float32),
+        }
 
     def info(self) -> dict[str, str]:
-        return {"version": "1", "checkpoint": "none", "scale": "0 to 255, and 0 to 100",
-                "preprocessing": "RGB (alpha dropped)", "truncates": "nothing (the prompt is not read)",
-                "precision": "fp64, kept as fp32"}
+        return {
+            "version": "1",
+            "checkpoint": "none",
+            "scale": "0 to 255, and 0 to 100",
+            "preprocessing": "RGB (alpha dropped)",
+            "truncates": "nothing (the prompt is not read)",
+            "precision": "fp64, kept as fp32",
+        }

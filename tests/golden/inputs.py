@@ -66,9 +66,14 @@ def fill(state: dict[str, torch.Tensor], gain: float = 1.0) -> dict[str, torch.T
 
 def pictures() -> list[Image.Image]:
     """Odd sizes and every mode that folders of images hold: RGB, RGBA with soft edges, grey, palette, square."""
-    return [_picture("wide", 301, 187, "RGB"), _picture("tall", 97, 333, "RGBA"), _picture("grey", 261, 258, "L"),
-            _picture("palette", 251, 224, "RGB").quantize(32), _picture("large", 512, 640, "RGB"),
-            _picture("small", 53, 64, "RGB")]
+    return [
+        _picture("wide", 301, 187, "RGB"),
+        _picture("tall", 97, 333, "RGBA"),
+        _picture("grey", 261, 258, "L"),
+        _picture("palette", 251, 224, "RGB").quantize(32),
+        _picture("large", 512, 640, "RGB"),
+        _picture("small", 53, 64, "RGB"),
+    ]
 
 
 def _picture(name: str, width: int, height: int, mode: str) -> Image.Image:
@@ -76,8 +81,10 @@ def _picture(name: str, width: int, height: int, mode: str) -> Image.Image:
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
     waves = uniform(name, (channels, 4)).astype(np.float64)
-    planes = [0.5 + 0.4 * np.sin((3 + 9 * abs(a)) * x / width + (3 + 9 * abs(b)) * y / height + 6 * c) + 0.1 * d
-              for a, b, c, d in waves]
+    planes = [
+        0.5 + 0.4 * np.sin((3 + 9 * abs(a)) * x / width + (3 + 9 * abs(b)) * y / height + 6 * c) + 0.1 * d
+        for a, b, c, d in waves
+    ]
     pixels = np.stack(planes, axis=2)
     disc = (x - width * 0.4) ** 2 + (y - height * 0.55) ** 2 < (0.25 * min(width, height)) ** 2
     pixels[disc] = 1 - pixels[disc]
@@ -85,19 +92,37 @@ def _picture(name: str, width: int, height: int, mode: str) -> Image.Image:
     return Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8).squeeze())
 
 
-SMALL_CLIP = {"embed_dim": 64, "vision_cfg": {"image_size": 224, "layers": 3, "width": 160, "head_width": 80,
-                                              "patch_size": 14},
-              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3}}
+SMALL_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 3, "width": 160, "head_width": 80, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 3},
+}
 """ViT-H-14 with everything smaller but the image, the patches, the width of a head and the vocabulary."""
-SMALL_CLIP_L = {"embed_dim": 48, "quick_gelu": True,
-                "vision_cfg": {"image_size": 224, "layers": 3, "width": 128, "patch_size": 14},
-                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3}}
+SMALL_CLIP_L = {
+    "embed_dim": 48,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 224, "layers": 3, "width": 128, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
+}
 LARGE_VIT = {"embed_dim": 1024, "depth": 24, "num_heads": 16}
 SMALL_VIT = {"embed_dim": 128, "depth": 3, "num_heads": 2}
-MED_CONFIG = {"architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu",
-              "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
-              "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
-              "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "add_type_embeddings": False,
-              "vocab_size": 30524, "encoder_width": 768, "add_cross_attention": True}
-SMALL_MED = MED_CONFIG | {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4,
-                          "num_hidden_layers": 3}
+MED_CONFIG = {
+    "architectures": ["BertModel"],
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": 768,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "model_type": "bert",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "pad_token_id": 0,
+    "add_type_embeddings": False,
+    "vocab_size": 30524,
+    "encoder_width": 768,
+    "add_cross_attention": True,
+}
+SMALL_MED = MED_CONFIG | {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "num_hidden_layers": 3}

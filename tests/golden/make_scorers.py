@@ -28,8 +28,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import inputs
 
-PACKAGES = ("hpsv2", "image-reward", "open-clip-torch", "clip-anytorch", "transformers", "torch", "torchvision",
-            "timm", "fairscale", "ftfy", "pillow")
+PACKAGES = (
+    "hpsv2",
+    "image-reward",
+    "open-clip-torch",
+    "clip-anytorch",
+    "transformers",
+    "torch",
+    "torchvision",
+    "timm",
+    "fairscale",
+    "ftfy",
+    "pillow",
+)
 
 
 def grid(score) -> list[list[float]]:
@@ -98,13 +109,27 @@ def hf_config(config: dict):
     from transformers import CLIPConfig
 
     vision, text = config["vision_cfg"], config["text_cfg"]
-    return CLIPConfig(projection_dim=config["embed_dim"], vision_config={
-        "hidden_size": vision["width"], "intermediate_size": 4 * vision["width"], "image_size": 224,
-        "num_hidden_layers": vision["layers"], "num_attention_heads": vision["width"] // vision["head_width"],
-        "patch_size": 14, "hidden_act": "gelu"}, text_config={
-        "hidden_size": text["width"], "intermediate_size": 4 * text["width"], "hidden_act": "gelu",
-        "num_hidden_layers": text["layers"], "num_attention_heads": text["heads"], "eos_token_id": 49407,
-        "bos_token_id": 49406})
+    return CLIPConfig(
+        projection_dim=config["embed_dim"],
+        vision_config={
+            "hidden_size": vision["width"],
+            "intermediate_size": 4 * vision["width"],
+            "image_size": 224,
+            "num_hidden_layers": vision["layers"],
+            "num_attention_heads": vision["width"] // vision["head_width"],
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+        text_config={
+            "hidden_size": text["width"],
+            "intermediate_size": 4 * text["width"],
+            "hidden_act": "gelu",
+            "num_hidden_layers": text["layers"],
+            "num_attention_heads": text["heads"],
+            "eos_token_id": 49407,
+            "bos_token_id": 49406,
+        },
+    )
 
 
 def heads(embeddings: torch.Tensor) -> dict[str, list[float]]:
@@ -112,14 +137,24 @@ def heads(embeddings: torch.Tensor) -> dict[str, list[float]]:
     from torch import nn
 
     width = embeddings.shape[1]
-    layers = nn.Sequential(nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-                           nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)).eval()
+    layers = nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    ).eval()
     v2, v1 = nn.ModuleDict({"layers": layers}), nn.Linear(width, 1)
     with torch.no_grad():
         for head in (v1, v2):
             inputs.fill(head.state_dict(), 3.0)
-        found = {"aesthetic": layers(embeddings).squeeze(1).tolist(),
-                 "aesthetic_v1": v1(embeddings).squeeze(1).tolist()}
+        found = {
+            "aesthetic": layers(embeddings).squeeze(1).tolist(),
+            "aesthetic_v1": v1(embeddings).squeeze(1).tolist(),
+        }
         released = Path(os.environ.get("BENCH_WEIGHTS", ""), "sac+logos+ava1-l14-linearMSE.pth")
         if width == 768 and released.is_file():
             v2.load_state_dict(torch.load(released, map_location="cpu", weights_only=True))
@@ -160,9 +195,11 @@ def token_ids(work: Path) -> dict[str, list[list[int]]]:
     bert = BertTokenizer.from_pretrained(work / "bert-base-uncased")
     fast = CLIPTokenizerFast.from_pretrained(work / "clip-tokenizer")
     rows = get_tokenizer("ViT-H-14")(inputs.PROMPTS)
-    return {"open_clip": [row[:row.argmax() + 1].tolist() for row in rows],
-            "transformers": [fast(text, truncation=True, max_length=77).input_ids for text in inputs.PROMPTS],
-            "bert": [bert(text, truncation=True, max_length=35).input_ids for text in inputs.PROMPTS]}
+    return {
+        "open_clip": [row[: row.argmax() + 1].tolist() for row in rows],
+        "transformers": [fast(text, truncation=True, max_length=77).input_ids for text in inputs.PROMPTS],
+        "bert": [bert(text, truncation=True, max_length=35).input_ids for text in inputs.PROMPTS],
+    }
 
 
 def vocabularies(work: Path, ids: dict[str, list[list[int]]]) -> dict:
@@ -197,9 +234,11 @@ def vocabularies(work: Path, ids: dict[str, list[list[int]]]) -> dict:
     words = [*reached, *renamed]
     bert = BertTokenizer.from_pretrained(work / "bert-base-uncased")
     pieces = {piece for text in inputs.PROMPTS for piece in bert.tokenize(text)} | set(bert.all_special_tokens)
-    return {"clip": {renamed.get(word, word): simple.encoder[word] for word in words},
-            "merges": [[first, second] for _, first, second in merges],
-            "bert": {piece: bert.convert_tokens_to_ids(piece) for piece in sorted(pieces)}}
+    return {
+        "clip": {renamed.get(word, word): simple.encoder[word] for word in words},
+        "merges": [[first, second] for _, first, second in merges],
+        "bert": {piece: bert.convert_tokens_to_ids(piece) for piece in sorted(pieces)},
+    }
 
 
 def main() -> None:
@@ -214,8 +253,11 @@ def main() -> None:
     scores = made["scores"]
     scores |= hps(h14)
     gc.collect()
-    for name, job in {"clip": lambda: clip(h14)[0], "pickscore": lambda: pickscore(work, h14),
-                      "imagereward": lambda: imagereward(work, full)}.items():
+    for name, job in {
+        "clip": lambda: clip(h14)[0],
+        "pickscore": lambda: pickscore(work, h14),
+        "imagereward": lambda: imagereward(work, full),
+    }.items():
         scores[name] = job()
         gc.collect()
     scores["clip_l14"], embeddings = clip(l14)

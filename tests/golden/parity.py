@@ -34,8 +34,14 @@ from bench.metrics.pickscore import PickScore
 from bench.storage.stages import atomic_write
 
 TARGET = Path(__file__).parents[2] / "results" / "measured" / "scorer_parity.csv"
-OFFICIAL = {"hpsv2": "hpsv2", "hpsv2_no_antialias": "hpsv2", "clip": "open-clip-torch", "clip_l14": "open-clip-torch",
-            "pickscore": "transformers", "imagereward": "image-reward"}
+OFFICIAL = {
+    "hpsv2": "hpsv2",
+    "hpsv2_no_antialias": "hpsv2",
+    "clip": "open-clip-torch",
+    "clip_l14": "open-clip-torch",
+    "pickscore": "transformers",
+    "imagereward": "image-reward",
+}
 HEADS = "LAION's layers on open-clip-torch"
 
 
@@ -50,17 +56,22 @@ def scores(work: Path, full: bool) -> Iterator[tuple[str, np.ndarray]]:
     save_pickscore(work / "pickscore", h14)
     yield "pickscore", grid(PickScore.load(str(work / "pickscore")))
     shutil.rmtree(work / "pickscore")
-    save_imagereward(work / "imagereward", inputs.LARGE_VIT if full else inputs.SMALL_VIT,
-                     inputs.MED_CONFIG if full else inputs.SMALL_MED)
+    save_imagereward(
+        work / "imagereward",
+        inputs.LARGE_VIT if full else inputs.SMALL_VIT,
+        inputs.MED_CONFIG if full else inputs.SMALL_MED,
+    )
     yield "imagereward", grid(ImageReward.load(str(work / "imagereward")))
     shutil.rmtree(work / "imagereward")
     path = save_open_clip(work / "l14", "open_clip_pytorch_model.bin", l14)
     yield "clip_l14", grid(CLIPScoreL14.load(str(path)))
     save_heads(work, l14["embed_dim"])
     pictures = inputs.pictures()
-    for name, kind, weights in (("aesthetic", Aesthetic, work / "aesthetic.pth"),
-                                ("aesthetic_v1", AestheticV1, work / "aesthetic_v1.pth"),
-                                ("aesthetic_released", Aesthetic, "official")):
+    for name, kind, weights in (
+        ("aesthetic", Aesthetic, work / "aesthetic.pth"),
+        ("aesthetic_v1", AestheticV1, work / "aesthetic_v1.pth"),
+        ("aesthetic_released", Aesthetic, "official"),
+    ):
         if name != "aesthetic_released" or full:
             metric: Metric = kind.load(str(weights), backbone=str(path))
             yield name, metric.score(pictures, [""] * len(pictures))
@@ -76,15 +87,22 @@ def main() -> None:
         wanted = np.array(golden["scores"][name])
         gap = abs(found - wanted)
         package = OFFICIAL.get(name, "open-clip-torch")
-        rows.append({
-            "scorer": name, "size": size, "scores": wanted.size,
-            "official": (HEADS if name not in OFFICIAL else package) + f" {versions[package]}",
-            "official_torch": versions["torch"], "official_torchvision": versions["torchvision"],
-            "largest_absolute": f"{gap.max():.3g}",
-            "largest_relative": f"{(gap / abs(wanted)).max():.3g}",
-            "largest_relative_to_mean": f"{gap.max() / abs(wanted).mean():.3g}",
-            "spread_between_images": f"{wanted.std(0).mean():.3g}", "smallest_score": f"{abs(wanted).min():.3g}",
-            "peak_memory_gib": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}"})
+        rows.append(
+            {
+                "scorer": name,
+                "size": size,
+                "scores": wanted.size,
+                "official": (HEADS if name not in OFFICIAL else package) + f" {versions[package]}",
+                "official_torch": versions["torch"],
+                "official_torchvision": versions["torchvision"],
+                "largest_absolute": f"{gap.max():.3g}",
+                "largest_relative": f"{(gap / abs(wanted)).max():.3g}",
+                "largest_relative_to_mean": f"{gap.max() / abs(wanted).mean():.3g}",
+                "spread_between_images": f"{wanted.std(0).mean():.3g}",
+                "smallest_score": f"{abs(wanted).min():.3g}",
+                "peak_memory_gib": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f}",
+            }
+        )
         print(rows[-1], flush=True)
     kept = []
     if TARGET.exists():

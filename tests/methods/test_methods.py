@@ -43,7 +43,11 @@ def test_preference_loss_and_gradient_worked_by_hand():
     assert policy.winner.grad.item() == pytest.approx(2.066912, abs=1e-5)
     assert policy.loser.grad.item() == pytest.approx(-2.066912, abs=1e-5)
     assert {name: round(signal.item(), 5) for name, signal in signals.items()} == {
-        "implicit_accuracy": 1.0, "logit": 0.35, "winner_drift": -0.02, "loser_drift": 0.05}
+        "implicit_accuracy": 1.0,
+        "logit": 0.35,
+        "winner_drift": -0.02,
+        "loser_drift": 0.05,
+    }
     assert not any(signal.requires_grad for signal in signals.values())
 
 
@@ -150,7 +154,10 @@ def test_spin_and_dpo_share_the_loss_and_differ_in_data_and_reference():
     losses = [method(7.0).loss(policy, reference, FACTS)[0] for method in (SPIN, DiffusionDPO)]
     assert torch.equal(*losses) and not issubclass(SPIN, DiffusionDPO)
     assert [method.pairing for method in (SFT, DiffusionDPO, SPIN)] == [
-        Pairing.WINNER, Pairing.HUMAN, Pairing.SELF_PLAY]
+        Pairing.WINNER,
+        Pairing.HUMAN,
+        Pairing.SELF_PLAY,
+    ]
     assert [method.needs_reference for method in (SFT, DiffusionDPO, SPIN)] == [False, True, True]
     assert SFT().next_reference("base", "previous") is None
     assert DiffusionDPO(1.0).next_reference("base", "previous") == "base"

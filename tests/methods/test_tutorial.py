@@ -21,10 +21,18 @@ BLOCKS = BLOCK.findall((ROOT / "methods" / "README.md").read_text(encoding="utf-
 FILES = {text.splitlines()[0].removeprefix("# "): text for language, text in BLOCKS if language != "sh"}
 (COMMANDS,) = [text.splitlines() for language, text in BLOCKS if language == "sh"]
 HINGE = "methods.hinge={iterations: [{steps: 2, lr: 1e-3, beta: 100, margin: 2, power: 2}]}"
-SMALL = ("data.size=8", "train.batch_size=4", "train.micro_batch=4", "train.log_every=1", "opponent.steps=1",
-         "evaluation.steps=1", "evaluation.guidance=[1.0]", "metrics=[aesthetic]",
-         "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 4}}",
-         *(f"methods.{name}.iterations.0.steps=2" for name in ("ipo", "ipo-near", "diffusion_dpo")))
+SMALL = (
+    "data.size=8",
+    "train.batch_size=4",
+    "train.micro_batch=4",
+    "train.log_every=1",
+    "opponent.steps=1",
+    "evaluation.steps=1",
+    "evaluation.guidance=[1.0]",
+    "metrics=[aesthetic]",
+    "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 4}}",
+    *(f"methods.{name}.iterations.0.steps=2" for name in ("ipo", "ipo-near", "diffusion_dpo")),
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +46,10 @@ def project(tmp_path_factory) -> Path:
     for path in (ROOT / "tests" / "example_package").glob("*.*"):
         (example / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     offline = "--quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check"
-    subprocess.run([sys.executable, "-m", "pip", "install", *offline.split(), "--target", str(place), str(folder),
-                    str(example)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *offline.split(), "--target", str(place), str(folder), str(example)],
+        check=True,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(place))
         patch.syspath_prepend(str(folder))
@@ -100,8 +110,7 @@ def test_the_example_package_is_listed_run_and_shown(bench):
     assert "  power: 1 | 2, default 1; of the loss; 2 makes the pull grow" in bench("list methods")
     bench("run --suite mine.yaml --method hinge", *SMALL, HINGE)
     (record,) = read("hinge", "protocol.json")
-    assert record["schedule"] == [
-        {"steps": 2, "lr": 1e-3, "checkpoints": [], "beta": 100.0, "margin": 2.0, "power": 2}]
+    assert record["schedule"] == [{"steps": 2, "lr": 1e-3, "checkpoints": [], "beta": 100.0, "margin": 2.0, "power": 2}]
     assert "Hinge" in bench("table")
     assert "within the margin during training of Hinge" in Path("report.html").read_text(encoding="utf-8")
     identity = next(name for name in runs.ids() if "hinge" in name)

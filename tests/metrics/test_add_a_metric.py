@@ -34,8 +34,10 @@ def plugged_in():
     """The registration of the tutorial, and another metric that is of its last block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PACKAGE))
-        points = EntryPoints(EntryPoint(name, f"example_metric:{kind}", "bench.metrics")
-                             for name, kind in (("tones", "Tones"), ("large", "Large")))
+        points = EntryPoints(
+            EntryPoint(name, f"example_metric:{kind}", "bench.metrics")
+            for name, kind in (("tones", "Tones"), ("large", "Large"))
+        )
         patch.setattr(registry, "entry_points", lambda group: points.select(group=group))
         import example_metric
 
@@ -77,11 +79,12 @@ def test_the_blocks_of_the_tutorial_run_and_the_first_is_the_example_package() -
 
 
 def test_the_protocol_has_its_columns_and_the_scores_are_of_the_stored_pictures(here) -> None:
-    folder, = Path("results/runs").iterdir()
+    (folder,) = Path("results/runs").iterdir()
     said = json.loads((folder / "protocol.json").read_text())["metrics"]["tones"]
     assert (said["title"], said["reads"], said["version"]) == ("Tones", "image", "1")
-    assert [(column["name"], column["unit"], column["higher_is_better"], column["decimals"])
-            for column in said["columns"]] == [(NAMES[0], "of 255", True, 1), (NAMES[1], "%", False, 2)]
+    assert [
+        (column["name"], column["unit"], column["higher_is_better"], column["decimals"]) for column in said["columns"]
+    ] == [(NAMES[0], "of 255", True, 1), (NAMES[1], "%", False, 2)]
     scores = pd.read_parquet(folder / "scores.parquet")
     assert list(dict.fromkeys(scores["metric"])) == ["clip", *NAMES]
     row = scores[(scores["metric"] == NAMES[0]) & (scores["iteration"] == 1)].iloc[0]
@@ -98,8 +101,11 @@ def test_tables_and_page_show_titles_units_direction_and_decimals_without_the_pa
     assert tidy["metric"].unique().tolist() == NAMES
     assert tidy["higher_is_better"].tolist() == [name == NAMES[0] for name in tidy["metric"]]
     text = tables.render(tidy)
-    assert "brightness, of 255" in text and "clipped pixels, % ↓" in text and r"clipped pixels, \% $\downarrow$" in (
-        tables.render(tidy, "latex"))
+    assert (
+        "brightness, of 255" in text
+        and "clipped pixels, % ↓" in text
+        and r"clipped pixels, \% $\downarrow$" in (tables.render(tidy, "latex"))
+    )
     for value in re.findall(r"base +(-?\d+\.\d+)", text):
         assert len(value.partition(".")[2]) == 1
     assert bench("report", "-o", "page.html") == 0
@@ -107,7 +113,10 @@ def test_tables_and_page_show_titles_units_direction_and_decimals_without_the_pa
     assert "clipped pixels, % ↓" in page and re.search(r"brightness <b>\d+\.\d</b>", page)
     assert re.search(r"clipped pixels <b>\d+\.\d\d</b>", page)
     assert {(row.first, row.second) for row in agreement.table(runs).itertuples()} == {
-        ("clip", NAMES[0]), ("clip", NAMES[1]), tuple(NAMES)}
+        ("clip", NAMES[0]),
+        ("clip", NAMES[1]),
+        tuple(NAMES),
+    }
 
 
 def test_the_plan_counts_it_and_an_undeclared_cost_is_said(plugged_in, monkeypatch) -> None:
@@ -127,16 +136,16 @@ def test_the_plan_counts_it_and_an_undeclared_cost_is_said(plugged_in, monkeypat
 def test_its_published_checkpoint_is_found_by_doctor(plugged_in, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("BENCH_WEIGHTS", str(tmp_path))
     suite = load_suite("mini", ["metrics=[tones, large]"])
-    missing, = metric_files(suite)
+    (missing,) = metric_files(suite)
     assert (missing.name, missing.where, missing.size) == ("model.safetensors", None, "1.2 GB")
     assert "from owner/name" in missing.fix
     (tmp_path / "model.safetensors").write_bytes(b"123")
-    found, = metric_files(suite)
+    (found,) = metric_files(suite)
     assert found.where == str(tmp_path / "model.safetensors") and found.size == "3 bytes"
 
 
 def test_a_folder_is_scored_by_both_columns_once(here, capsys) -> None:
-    folder, = Path("results/runs").iterdir()
+    (folder,) = Path("results/runs").iterdir()
     pictures = next((folder / "images" / "test").glob("g*/iter1"))
     names = sorted(path.name for path in pictures.glob("*.png"))
     pd.DataFrame({"file_name": names, "prompt": "a cat"}).to_csv("prompts.csv", index=False)
@@ -156,7 +165,7 @@ def test_a_folder_is_scored_by_both_columns_once(here, capsys) -> None:
 def test_a_run_of_before_knows_built_in_columns_and_others_by_name(here, tmp_path) -> None:
     from shutil import copytree
 
-    source, = Path("results/runs").iterdir()
+    (source,) = Path("results/runs").iterdir()
     copytree(source, tmp_path / source.name)
     path = tmp_path / source.name / "protocol.json"
     path.with_name("seal.json").unlink()  # those of before had none
@@ -172,6 +181,9 @@ def test_a_run_of_before_knows_built_in_columns_and_others_by_name(here, tmp_pat
     rows.to_parquet(path.with_name("scores.parquet"))
     found = load_runs([tmp_path / source.name])
     assert [(column.name, column.title, column.higher_is_better, column.truth) for column in found.columns] == [
-        ("clip", "CLIP", True, False), ("unknown", "unknown", True, False), ("judge/fade", "fade", False, True)]
+        ("clip", "CLIP", True, False),
+        ("unknown", "unknown", True, False),
+        ("judge/fade", "fade", False, True),
+    ]
     assert tables.lead_column(found).name == "judge/fade"
     assert ids()  # the runs of this folder are still there

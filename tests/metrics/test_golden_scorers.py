@@ -82,8 +82,9 @@ def test_clip_l14(root):
 def test_pickscore(root):
     agree(grid(PickScore.load(str(root / "pickscore"))), "pickscore", absolute=1e-5)
     scale = ClipBackbone.load(str(root / "pickscore"), "").logit_scale
-    np.testing.assert_allclose(grid(PickScoreCosine.load(str(root / "pickscore"))) * scale, expected("pickscore"),
-                               rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        grid(PickScoreCosine.load(str(root / "pickscore"))) * scale, expected("pickscore"), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Aesthetic, "aesthetic"), (AestheticV1, "aesthetic_v1")])
@@ -110,8 +111,10 @@ def test_tokens_are_the_official_ones(root):
     """Also of prompts that are cut, and those that open_clip rewrites first (quotes, entities, full width)."""
     for style, path in (("open_clip", root / "h14" / "HPS_v2_compressed.pt"), ("transformers", root / "pickscore")):
         backbone = (HPSv2 if style == "open_clip" else PickScore).load(str(path)).backbone
-        found = [backbone.tokenizer(backbone._read(prompt), truncation=True, max_length=77).input_ids
-                 for prompt in inputs.PROMPTS]
+        found = [
+            backbone.tokenizer(backbone._read(prompt), truncation=True, max_length=77).input_ids
+            for prompt in inputs.PROMPTS
+        ]
         assert found == STORED["tokens"][style]
         assert backbone.count_truncated(inputs.PROMPTS) == 1
     metric = ImageReward.load(str(root / "imagereward"))
@@ -146,8 +149,10 @@ def test_missing_files_are_named_with_size_and_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     monkeypatch.setenv("BENCH_WEIGHTS", str(tmp_path))
-    for kind, parts in ((HPSv21, ("HPS_v2.1_compressed.pt", "3.9 GB", "xswu/HPSv2")),
-                        (ImageReward, ("ImageReward.pt", "1.8 GB", "THUDM/ImageReward"))):
+    for kind, parts in (
+        (HPSv21, ("HPS_v2.1_compressed.pt", "3.9 GB", "xswu/HPSv2")),
+        (ImageReward, ("ImageReward.pt", "1.8 GB", "THUDM/ImageReward")),
+    ):
         with pytest.raises(BenchError) as error:
             kind.load("official")
         assert all(part in str(error.value) for part in (*parts, str(tmp_path), "no connection"))

@@ -38,19 +38,29 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711])
 def make_clip(folder: Path, seed: int, half: bool = False) -> Path:
     tokenizer = make_tokenizer()
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
-               "eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 12}
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 12,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CLIPModel(CLIPConfig(text_config=shape | special, projection_dim=12,
-                                     vision_config=shape | {"image_size": SIDE, "patch_size": 4}))
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=shape | special,
+                projection_dim=12,
+                vision_config=shape | {"image_size": SIDE, "patch_size": 4},
+            )
+        )
         for weight in model.parameters():  # large weights, so that different inputs give different scores
             if weight.ndim > 1:
                 nn.init.normal_(weight, std=0.3)
     (model.half() if half else model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
-                          ).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -94,12 +104,11 @@ def reference_pixels(image: Image.Image, rgb_first: bool = True) -> np.ndarray:
     image = image.convert("RGB") if rgb_first else image
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC).convert("RGB"), np.float64)
     top, left = (pixels.shape[0] - SIDE) // 2, (pixels.shape[1] - SIDE) // 2
-    crop = pixels[top:top + SIDE, left:left + SIDE] / 255
+    crop = pixels[top : top + SIDE, left : left + SIDE] / 255
     return ((crop - MEAN) / STD).transpose(2, 0, 1)
 
 
-def reference_cosine(folder: Path, images: list[Image.Image], prompts: list[str],
-                     rgb_first: bool = True) -> np.ndarray:
+def reference_cosine(folder: Path, images: list[Image.Image], prompts: list[str], rgb_first: bool = True) -> np.ndarray:
     """One image and one prompt at a time through transformers' own forward."""
     model = CLIPModel.from_pretrained(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -181,8 +190,10 @@ def test_equal_backbones_are_loaded_and_run_once(clip_folder, images, tmp_path, 
 def test_scorers_that_read_alike_share_pixels(clip_folder, images, tmp_path, monkeypatch):
     """Two checkpoints with equal image settings: every image is resized once, whatever the number of chunks."""
     shutil.copytree(clip_folder, tmp_path / "other")
-    metrics = {name: type(name, (CLIPScore,), {"name": name}).load(str(folder))
-               for name, folder in (("a", clip_folder), ("b", tmp_path / "other"))}
+    metrics = {
+        name: type(name, (CLIPScore,), {"name": name}).load(str(folder))
+        for name, folder in (("a", clip_folder), ("b", tmp_path / "other"))
+    }
     assert metrics["a"].backbone is not metrics["b"].backbone
     alone = metrics["b"].score(images, PROMPTS)
     resized, read = [], ShortestSide.__call__
@@ -222,13 +233,23 @@ def test_aesthetic_head_in_laions_layout(tmp_path, suffix):
     x = nn.functional.normalize(torch.randn(4, 768, generator=torch.Generator().manual_seed(5)))
     expected = x.double().numpy()
     for place in (0, 2, 4, 6, 7):
-        expected = (expected @ state[f"layers.{place}.weight"].double().numpy().T
-                    + state[f"layers.{place}.bias"].double().numpy())
+        expected = (
+            expected @ state[f"layers.{place}.weight"].double().numpy().T
+            + state[f"layers.{place}.bias"].double().numpy()
+        )
     head = build_head(read_state(path)).eval()
     np.testing.assert_allclose(head(x).detach(), expected, rtol=1e-4, atol=1e-5)
     # ... and against the module as LAION writes it.
-    official = nn.Sequential(nn.Linear(768, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2),
-                             nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)).eval()
+    official = nn.Sequential(
+        nn.Linear(768, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    ).eval()
     official.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
     torch.testing.assert_close(head(x), official(x), rtol=0, atol=0)
 
@@ -280,8 +301,11 @@ def test_weights_are_found_through_bench_weights(clip_folder, images, tmp_path, 
 
 def test_info_names_what_makes_scores_comparable(clip_folder, tmp_path):
     make_head(tmp_path / "head.pth")
-    loaded = [CLIPScore.load(str(clip_folder)), PickScore.load(str(clip_folder)),
-              Aesthetic.load(str(tmp_path / "head.pth"), backbone=str(clip_folder))]
+    loaded = [
+        CLIPScore.load(str(clip_folder)),
+        PickScore.load(str(clip_folder)),
+        Aesthetic.load(str(tmp_path / "head.pth"), backbone=str(clip_folder)),
+    ]
     for metric in loaded:
         assert set(metric.info()) == {"version", "checkpoint", "scale", "preprocessing", "truncates", "precision"}
         assert "bicubic" in metric.info()["preprocessing"]

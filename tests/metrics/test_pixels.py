@@ -69,12 +69,15 @@ def test_the_plane_is_found_beside_what_covers_it():
     np.testing.assert_allclose(seen.spread * 255, 3, atol=1)
 
 
-@pytest.mark.parametrize(("shown", "share"), [
-    (ASKED, 1.0),
-    (ASKED.replace("blue", "green"), 0.5),
-    (ASKED.replace("red", "blue").replace("large blue", "large red"), 0.0),
-    ("a small red circle to the left of a small red cross on a navy background", 0.5),
-])
+@pytest.mark.parametrize(
+    ("shown", "share"),
+    [
+        (ASKED, 1.0),
+        (ASKED.replace("blue", "green"), 0.5),
+        (ASKED.replace("red", "blue").replace("large blue", "large red"), 0.0),
+        ("a small red circle to the left of a small red cross on a navy background", 0.5),
+    ],
+)
 def test_colours_are_told_in_the_asked_places(shown, share):
     image = world.render([world.parse(shown)], np.zeros((1, 5)), [0])
     assert pixels.measure(image, [ASKED])["colours"][0] == share
@@ -92,8 +95,12 @@ def test_measures_follow_the_severity_of_drawings():
     items = [replace(item, drawn=world.with_errors(item.asked, rng, 0.05)) for item in items]
     found = pixels.measure(drawings.render(items), [item.caption for item in items])
     known = dict(zip(world.DEFECTS, np.array([item.defects for item in items]).T, strict=True))
-    for name, least, defined in (("fade", 0.9, 0.4), ("oversaturation", 0.9, 0.4), ("blotches", 0.8, 1.0),
-                                 ("shadow", 0.85, 0.35)):
+    for name, least, defined in (
+        ("fade", 0.9, 0.4),
+        ("oversaturation", 0.9, 0.4),
+        ("blotches", 0.8, 1.0),
+        ("shadow", 0.85, 0.35),
+    ):
         there = np.isfinite(found[name])
         assert there.mean() >= defined
         assert spearmanr(found[name][there], known[name][there]).statistic > least, name

@@ -71,9 +71,13 @@ def test_records_have_intervals():
 @pytest.mark.skipif(bool(absent), reason=f"not built: {', '.join(absent)}")
 def test_records_say_who_labelled_the_training_images():
     """As the builder's plan has it: drawings, round trips of half of them, and two samples a prompt at two scales."""
-    drawn = {"clip": PLAN["clip"]["pool"], "aesthetic": PLAN["aesthetic"]["pool"],
-             "pickscore": 2 * PLAN["pickscore"]["pairs"], "imagereward": 2 * PLAN["imagereward"]["pairs"],
-             "hpsv2": 4 * PLAN["hpsv2"]["rankings"]}
+    drawn = {
+        "clip": PLAN["clip"]["pool"],
+        "aesthetic": PLAN["aesthetic"]["pool"],
+        "pickscore": 2 * PLAN["pickscore"]["pairs"],
+        "imagereward": 2 * PLAN["imagereward"]["pairs"],
+        "hpsv2": 4 * PLAN["hpsv2"]["rankings"],
+    }
     for name in NAMES:
         judged = 0 if name == "clip" else 4 * PLAN["samples"]["prompts"]
         images = drawn[name] * 3 // 2 + judged

@@ -26,8 +26,7 @@ def reading_of(scene: world.Scene, defects: dict[str, float], beyond: str = "cro
     """What a perfect judge reads off a drawing; slots without an object hold arbitrary values."""
     named = {f"shape{slot}": beyond for slot in range(3)} | {"arrangement": scene.arrangement}
     named |= world.attributes(scene)
-    attributes = {name: np.array([options.index(named.get(name, options[0]))])
-                  for name, options in OPTIONS.items()}
+    attributes = {name: np.array([options.index(named.get(name, options[0]))]) for name, options in OPTIONS.items()}
     return attributes | {name: np.array([defects.get(name, 0.0)], np.float32) for name in world.DEFECTS}
 
 
@@ -44,14 +43,17 @@ def judge_reading(monkeypatch):
 BLANK = np.zeros((1, 64, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize(("shown", "right"), [
-    (ASKED, 9),  # of 9: count, background, arrangement, and size, colour, shape of two objects
-    (ASKED.replace("red", "green"), 8),
-    (ASKED.replace("to the left of", "above"), 8),
-    ("a large blue ring to the right of a small red circle on a navy background", 9),
-    ("a large blue ring to the left of a small red circle on a navy background", 3),  # every slot is wrong
-    ("a small red circle on a navy background", 4),  # count, arrangement and the second slot are lost
-])
+@pytest.mark.parametrize(
+    ("shown", "right"),
+    [
+        (ASKED, 9),  # of 9: count, background, arrangement, and size, colour, shape of two objects
+        (ASKED.replace("red", "green"), 8),
+        (ASKED.replace("to the left of", "above"), 8),
+        ("a large blue ring to the right of a small red circle on a navy background", 9),
+        ("a large blue ring to the left of a small red circle on a navy background", 3),  # every slot is wrong
+        ("a small red circle on a navy background", 4),  # count, arrangement and the second slot are lost
+    ],
+)
 def test_alignment_is_the_share_of_asked_attributes(judge_reading, shown, right):
     score = judge_reading(shown).score(BLANK, [ASKED])
     assert score["alignment"][0] == pytest.approx(right / 9)
@@ -130,8 +132,10 @@ def test_training_saves_a_judge_with_its_accuracy(tmp_path):
 
 
 def test_training_is_a_function_of_the_seed(tmp_path):
-    first, again, other = (train(tmp_path / name, seed=seed).info()["checkpoint"]
-                           for name, seed in (("first", 1), ("again", 1), ("other", 2)))
+    first, again, other = (
+        train(tmp_path / name, seed=seed).info()["checkpoint"]
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    )
     assert first == again != other
 
 

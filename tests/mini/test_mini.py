@@ -30,8 +30,9 @@ def regression(path: Path, stop: int | None = None, ema: float | None = 0.9) -> 
         inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
         return (model(inputs).squeeze(1) - inputs.sum(1)).square().mean()
 
-    return fit(model, loss, steps=20, lr=0.1, checkpoint=path, description="test", warmup=2, ema=ema,
-               checkpoint_every=6).weight.detach()
+    return fit(
+        model, loss, steps=20, lr=0.1, checkpoint=path, description="test", warmup=2, ema=ema, checkpoint_every=6
+    ).weight.detach()
 
 
 def test_a_killed_fit_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -78,8 +79,15 @@ def test_psnr_of_one_grey_level():
 def test_the_denoiser_learns_to_predict_noise(tmp_path):
     items = [drawings.corpus(0, index) for index in range(8)]
     latents = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
-    model = denoiser.train(latents, [item.caption for item in items], build_tokenizer(), tmp_path, seed=0,
-                           cycles=[(2, 1e-3), (1, 1e-3)], batch_size=4)
+    model = denoiser.train(
+        latents,
+        [item.caption for item in items],
+        build_tokenizer(),
+        tmp_path,
+        seed=0,
+        cycles=[(2, 1e-3), (1, 1e-3)],
+        batch_size=4,
+    )
     noise = model(torch.zeros(1, 4, 8, 8), torch.tensor([5]), torch.zeros(1, MAX_LENGTH, dtype=torch.long))
     assert noise.shape == (1, 4, 8, 8) and noise.isfinite().all()
 
@@ -92,7 +100,11 @@ def test_the_pipeline_is_small_and_shaped_like_stable_diffusion():
     assert pipe.unet.dtype == torch.float32 and pipe.unet.config.sample_size == 8
     config = pipe.scheduler.config
     assert (config.beta_schedule, config.beta_start, config.beta_end, config.num_train_timesteps) == (
-        "scaled_linear", 0.00085, 0.012, 1000)
+        "scaled_linear",
+        0.00085,
+        0.012,
+        1000,
+    )
 
 
 @shipped

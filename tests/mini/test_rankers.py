@@ -70,7 +70,7 @@ def test_rankings_follow_the_utilities():
 
 def test_groups_share_a_caption():
     pool = rankers.ranked_pool(0, 3)
-    assert len(pool) == 12 and all(len(set(pool.captions[start:start + 4])) == 1 for start in (0, 4, 8))
+    assert len(pool) == 12 and all(len(set(pool.captions[start : start + 4])) == 1 for start in (0, 4, 8))
     mixed = Pool(np.zeros((4, 64, 64, 3), np.uint8), ["b", "a", "b", "a"], np.arange(4.0), np.arange(4.0), judged=4)
     assert rankers.grouped(mixed).captions == ["a", "a", "b", "b"] and rankers.grouped(mixed).judged == 4
     assert rankers.grouped(mixed).utility.tolist() == [1, 3, 0, 2]

@@ -35,8 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = {"roundtrip": darker, "samples": samples, **SMALL}
     scorers.train_clip(root / "clip", root / "clip.pt", build_tokenizer(), pool=12, **shared)
     scorers.train_pickscore(root / "pickscore", root / "pickscore.pt", root / "clip", pairs=6, **shared)
-    scorers.train_aesthetic(root / "aesthetic", root / "aesthetic.pt", root / "clip", pool=12,
-                            samples=samples, **SMALL)
+    scorers.train_aesthetic(root / "aesthetic", root / "aesthetic.pt", root / "clip", pool=12, samples=samples, **SMALL)
     return root
 
 
@@ -51,8 +50,11 @@ def test_saved_in_the_published_formats(folder):
 
 def test_they_score_through_the_metrics(folder):
     clip = str(folder / "clip")
-    loaded = [CLIPScore.load(clip), PickScore.load(str(folder / "pickscore")),
-              Aesthetic.load(str(folder / "aesthetic" / "head.safetensors"), backbone=clip)]
+    loaded = [
+        CLIPScore.load(clip),
+        PickScore.load(str(folder / "pickscore")),
+        Aesthetic.load(str(folder / "aesthetic" / "head.safetensors"), backbone=clip),
+    ]
     pairs = pair_pool(5, 2, "test")
     for metric in loaded:
         assert np.isfinite(metric.score(pairs.images, pairs.captions)).all()
@@ -102,8 +104,10 @@ def test_alternative_texts_name_what_is_striking():
     dark = drawings.Drawing(world.caption(scene, 2), scene, scene, (0.0, 0.0, 0.6, 0.0, 0.9), 0)
     rng = np.random.default_rng(0)
     texts = {scorers.alternative_text(dark, rng) for _ in range(40)}
-    assert texts == {"a picture of a small red circle on a navy background",
-                     "a blotchy, dark picture of a small red circle on a navy background"}
+    assert texts == {
+        "a picture of a small red circle on a navy background",
+        "a blotchy, dark picture of a small red circle on a navy background",
+    }
 
 
 def test_twins_differ_and_texts_fit():
@@ -119,8 +123,9 @@ def test_the_builder_teaches_each_scorer_from_the_same_inputs(tmp_path, monkeypa
 
     calls = {}
     for name in builder.SCORERS:
-        monkeypatch.setitem(builder.SCORERS, name, lambda *places, _name=name, **given: calls.update(
-            {_name: (places, given)}))
+        monkeypatch.setitem(
+            builder.SCORERS, name, lambda *places, _name=name, **given: calls.update({_name: (places, given)})
+        )
     monkeypatch.setattr(builder.Builder, "load_samples", lambda self: "samples")
     work = builder.Builder(tmp_path / "work", tmp_path / "out", "cpu")
     for need in ("vae", "denoiser", "judge", "samples", "clip"):

@@ -24,17 +24,30 @@ def readings(models: dict[str, float], prompts: int = 60, copies: int = 1, **cha
     parts = []
     for model, shift in models.items():
         fade = own + shift
-        parts.append(pd.DataFrame({
-            "prompt_set": "test", "guidance": 1.0, "model": model, "train_seed": 0,
-            "prompt": np.repeat([f"p{index:03d}" for index in range(prompts)], copies),
-            "seed": np.tile(np.arange(copies), prompts), "judge/fade": fade, "judge2/fade": fade + 0.1,
-            "pixels/fade": -fade}))
+        parts.append(
+            pd.DataFrame(
+                {
+                    "prompt_set": "test",
+                    "guidance": 1.0,
+                    "model": model,
+                    "train_seed": 0,
+                    "prompt": np.repeat([f"p{index:03d}" for index in range(prompts)], copies),
+                    "seed": np.tile(np.arange(copies), prompts),
+                    "judge/fade": fade,
+                    "judge2/fade": fade + 0.1,
+                    "pixels/fade": -fade,
+                }
+            )
+        )
     return pd.concat(parts, ignore_index=True).assign(**changes)
 
 
 def row(table: pd.DataFrame, model: str, statistic: str, first: str, second: str = "") -> pd.Series:
-    [found] = [line for _, line in table.iterrows() if (line["model"], line["statistic"], line["first"], line["second"])
-               == (model, statistic, first, second)]
+    [found] = [
+        line
+        for _, line in table.iterrows()
+        if (line["model"], line["statistic"], line["first"], line["second"]) == (model, statistic, first, second)
+    ]
     return found
 
 
@@ -95,8 +108,10 @@ def test_a_tie_of_all_models_has_no_order():
 
 def test_orders_of_many_resamples_are_scipys():
     one, other = np.random.default_rng(0).integers(0, 5, (2, 20, 6)).astype(float)
-    for found, theirs in ((warrant._kendall(one, other), kendalltau),
-                          (warrant._pearson(rankdata(one, axis=1), rankdata(other, axis=1)), spearmanr)):
+    for found, theirs in (
+        (warrant._kendall(one, other), kendalltau),
+        (warrant._pearson(rankdata(one, axis=1), rankdata(other, axis=1)), spearmanr),
+    ):
         np.testing.assert_allclose(found, [theirs(*pair).statistic for pair in zip(one, other, strict=True)])
 
 
@@ -155,14 +170,17 @@ def test_what_is_shown_by_hand():
     np.testing.assert_array_equal(found["background"], [1, 1, 1, 0])
 
 
-@pytest.mark.skipif(not all((MINI_WEIGHTS / name).exists() for name in (Judge.bundled, SecondJudge.bundled,
-                                                                       "pipeline")),
-                    reason="needs both judges and the autoencoder")
+@pytest.mark.skipif(
+    not all((MINI_WEIGHTS / name).exists() for name in (Judge.bundled, SecondJudge.bundled, "pipeline")),
+    reason="needs both judges and the autoencoder",
+)
 def test_the_command_finds_the_models_in_their_order(tmp_path, monkeypatch):
     """Drawings of more and less fade: all three readers see the order; on drawings all are near the truth."""
     monkeypatch.setattr(warrant, "HELD_OUT", ("held-out", 1000, 20))
-    runs = [write_run(tmp_path, "a", "sft", 0, {"iter0": 0.9, "iter1": 0.5}),
-            write_run(tmp_path, "b", "spin", 0, {"iter0": 0.9, "iter1": 0.1, "iter2": 0.0})]
+    runs = [
+        write_run(tmp_path, "a", "sft", 0, {"iter0": 0.9, "iter1": 0.5}),
+        write_run(tmp_path, "b", "spin", 0, {"iter0": 0.9, "iter1": 0.1, "iter2": 0.0}),
+    ]
     done = CliRunner().invoke(warrant.main, [*map(str, runs), "-o", str(tmp_path / "out" / "judge.csv")])
     assert done.exit_code == 0, done.output
     table = pd.read_csv(tmp_path / "out" / "judge.csv", keep_default_na=False, na_values=[""])

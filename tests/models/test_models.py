@@ -39,8 +39,9 @@ def test_a_hub_id_is_checked_before_it_is_downloaded(tiny_pipeline_folder, monke
     """The index alone decides whether the large files are fetched at all."""
     index, fetched = {"_class_name": "FluxPipeline"}, []
     monkeypatch.setattr(StableDiffusionPipeline, "load_config", lambda name: index)
-    monkeypatch.setattr(StableDiffusionPipeline, "download",
-                        lambda name, **_: fetched.append(name) or tiny_pipeline_folder)
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "download", lambda name, **_: fetched.append(name) or tiny_pipeline_folder
+    )
     with pytest.raises(BenchError, match="expected a StableDiffusionPipeline, found FluxPipeline"):
         weights_folder("owner/name")
     assert not fetched

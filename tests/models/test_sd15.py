@@ -28,19 +28,36 @@ from bench.shared import Shared
 from bench.storage import runs
 from bench.suites import load_suite
 
-ROWS = [row("a red cat", 1.0, 0), row("a tie", 0.5, 1), row("a dog", 0.0, 2, jpg_1=jpg((0, 0, 200))[:99]),
-        row("a blue dog on a bench", 0.0, 3)]
+ROWS = [
+    row("a red cat", 1.0, 0),
+    row("a tie", 0.5, 1),
+    row("a dog", 0.0, 2, jpg_1=jpg((0, 0, 200))[:99]),
+    row("a blue dog on a bench", 0.0, 3),
+]
 GIB = 2**30
 
 
 def overrides(data: Path, prompts: Path, **more: str) -> list[str]:
     """Two prompts, two steps, one training step, a mini scorer."""
-    settings = {"model.dtype": "fp32", "train.precision": "fp32", "data.pairs": f"pickapic:{data}",
-                "train.batch_size": "1", "train.micro_batch": "1", "train.gradient_checkpointing": "true",
-                "opponent.steps": "2", "opponent.batch_size": "1",
-                "evaluation.prompt_sets.test.prompts": prompts, "evaluation.steps": "2", "evaluation.batch_size": "1",
-                "evaluation.seeds": "[5775709]", "metrics": "[clip]", "metric_options": "{}", "data.batch_size": "1",
-                "methods.spin.iterations": "[{steps: 1, lr: 1e-5, beta: 2000}]", **more}
+    settings = {
+        "model.dtype": "fp32",
+        "train.precision": "fp32",
+        "data.pairs": f"pickapic:{data}",
+        "train.batch_size": "1",
+        "train.micro_batch": "1",
+        "train.gradient_checkpointing": "true",
+        "opponent.steps": "2",
+        "opponent.batch_size": "1",
+        "evaluation.prompt_sets.test.prompts": prompts,
+        "evaluation.steps": "2",
+        "evaluation.batch_size": "1",
+        "evaluation.seeds": "[5775709]",
+        "metrics": "[clip]",
+        "metric_options": "{}",
+        "data.batch_size": "1",
+        "methods.spin.iterations": "[{steps: 1, lr: 1e-5, beta: 2000}]",
+        **more,
+    }
     return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -56,8 +73,11 @@ def command(settings: list[str]) -> list[str]:
 def test_random_weights_have_sd15s_shape():
     """Parameters as counted in the published checkpoints."""
     with torch.device("meta"):
-        parts = (UNet2DConditionModel(**SD15["unet"]), AutoencoderKL(**SD15["vae"]),
-                 CLIPTextModel(CLIPTextConfig(**SD15["text_encoder"])))
+        parts = (
+            UNet2DConditionModel(**SD15["unet"]),
+            AutoencoderKL(**SD15["vae"]),
+            CLIPTextModel(CLIPTextConfig(**SD15["text_encoder"])),
+        )
     counted = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
     assert counted == [859_520_964, 83_653_863, 123_060_480]
 
@@ -98,8 +118,13 @@ def test_the_whole_path_at_512_pixels_in_reduced_width(tmp_path, monkeypatch, ca
 @pytest.mark.slow
 def test_the_whole_path_at_full_width_stays_within_24_gib(tmp_path):
     settings = overrides(*inputs(tmp_path), **{"model.weights": "random:sd15"})
-    done = subprocess.run([sys.executable, "-m", "bench", *command(settings)], cwd=tmp_path, capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", *command(settings)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert done.returncode == 0, done.stderr
     (cost,) = (json.loads(path.read_text()) for path in tmp_path.glob("results/runs/*/cost.json"))
     # each stage starts its peak anew, so the process's own, getrusage's, would be that of the last one
@@ -108,6 +133,7 @@ def test_the_whole_path_at_full_width_stays_within_24_gib(tmp_path):
 
 
 # --- the sources, on a pipeline that takes no time ---
+
 
 @pytest.fixture
 def tiny(tiny_pipeline_folder, tmp_path, monkeypatch):
@@ -118,6 +144,7 @@ def tiny(tiny_pipeline_folder, tmp_path, monkeypatch):
 
     def build(*settings: str, methods=()) -> Shared:
         return Shared(load_suite("tiny.yaml", ["data.size=null", *settings]), methods)
+
     return build
 
 

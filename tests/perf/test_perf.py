@@ -57,8 +57,9 @@ def test_the_baseline_does_the_recipes_work_and_no_other(tiny_pipeline):
 
 def test_measurements_take_turns_and_the_first_does_not_count():
     calls = []
-    rates = perf.interleave({"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 1}, 2,
-                            torch.device("cpu"), "")
+    rates = perf.interleave(
+        {"a": lambda: calls.append("a") or 1, "b": lambda: calls.append("b") or 1}, 2, torch.device("cpu"), ""
+    )
     assert "".join(calls) == "ababab"
     assert [len(rates[name]) for name in "ab"] == [2, 2]
 

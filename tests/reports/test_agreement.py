@@ -34,8 +34,9 @@ def one(tidy: pd.DataFrame, unit: str, first: str, second: str) -> pd.Series:
 def wide(runs: Runs) -> pd.DataFrame:
     """Images by metrics at guidance 3, straight from the long table."""
     rows = runs.scores.query("guidance == 3").assign(train_seed=lambda t: t["train_seed"].fillna(0))
-    return rows.pivot_table(index=["model", "train_seed", "prompt_id", "seed"], columns="metric", values="value",
-                            observed=True)
+    return rows.pivot_table(
+        index=["model", "train_seed", "prompt_id", "seed"], columns="metric", values="value", observed=True
+    )
 
 
 def test_over_images_it_is_scipys_correlation(runs: Runs) -> None:
@@ -74,8 +75,11 @@ def test_over_changes_and_models(runs: Runs) -> None:
 
 def test_a_gamed_metric_is_told(tmp_path: Path) -> None:
     """`clip` falls where the judge's utility rises; `aesthetic` rises with it."""
-    metrics = fake_runs.METRICS | {"clip": (0.33, 0.01, 0.001, -1.0), "aesthetic": (5.4, 0.1, 0.01, 3.0),
-                                   "judge/utility": (0.8, 0.01, 0.001, 1.0)}
+    metrics = fake_runs.METRICS | {
+        "clip": (0.33, 0.01, 0.001, -1.0),
+        "aesthetic": (5.4, 0.1, 0.01, 3.0),
+        "judge/utility": (0.8, 0.01, 0.001, 1.0),
+    }
     fake_runs.write_all(tmp_path, metrics=metrics, count=40)
     tidy = agreement.table(load_runs(None, tmp_path), guidance=1.0)
     against, along = (one(tidy, "models", name, "judge/utility") for name in ("clip", "aesthetic"))
@@ -90,12 +94,19 @@ def test_a_gamed_metric_is_told(tmp_path: Path) -> None:
 
 def test_the_sentence_tells_every_level_by_hand() -> None:
     """A metric that orders models as the judge does may order nothing else so, and that is said."""
-    found = {"images": {"pickscore": (0.2, 0.4), "clip": (-0.3, -0.1), "aesthetic": (0.1, 0.3)},
-             "changes": {"pickscore": (-0.1, 0.1), "clip": (0.0, 0.2), "aesthetic": (0.1, 0.3)},
-             "models": {"pickscore": (0.5, 1.0), "clip": (0.5, 1.0), "aesthetic": (np.nan, np.nan)}}
-    rows = pd.DataFrame([(first, "judge/utility", unit, (low + high) / 2, low, high)
-                         for unit, metrics in found.items() for first, (low, high) in metrics.items()],
-                        columns=["first", "second", "unit", "spearman", "low", "high"])
+    found = {
+        "images": {"pickscore": (0.2, 0.4), "clip": (-0.3, -0.1), "aesthetic": (0.1, 0.3)},
+        "changes": {"pickscore": (-0.1, 0.1), "clip": (0.0, 0.2), "aesthetic": (0.1, 0.3)},
+        "models": {"pickscore": (0.5, 1.0), "clip": (0.5, 1.0), "aesthetic": (np.nan, np.nan)},
+    }
+    rows = pd.DataFrame(
+        [
+            (first, "judge/utility", unit, (low + high) / 2, low, high)
+            for unit, metrics in found.items()
+            for first, (low, high) in metrics.items()
+        ],
+        columns=["first", "second", "unit", "spearman", "low", "high"],
+    )
     rows = rows.assign(first_title=[columns.of_before(name).title for name in rows["first"]], beside=True)
     assert agreement.sentence(rows) == (
         "Image by image with the judge: PickScore, Aesthetic; against it: CLIP. "
@@ -111,8 +122,10 @@ def test_no_level_is_told_alone(runs: Runs) -> None:
     text = agreement.render(tidy)
     said = agreement.sentence(tidy)
     assert said in " ".join(text.split()) and all(level in said for level in agreement.LEVELS.values())
-    assert "over images, n 660  over changes to base, n 300  over means of models, n 6" in " ".join(
-        text.split("\n\n")[1].splitlines()[1].split("metric")[1:]).strip()
+    assert (
+        "over images, n 660  over changes to base, n 300  over means of models, n 6"
+        in " ".join(text.split("\n\n")[1].splitlines()[1].split("metric")[1:]).strip()
+    )
     line = next(line for line in text.splitlines() if line.startswith("PickScore") and line.count("[") == 3)
     for unit in agreement.UNITS:
         row = one(tidy, unit, "pickscore", "judge/utility")
@@ -137,7 +150,7 @@ def test_the_interval_covers_the_truth() -> None:
     truth, hits = 6 / np.pi * np.arcsin(0.6 / 2), 0
     for trial in range(100):
         x = np.random.default_rng(trial).multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 150)
-        (_, _, _, low, high, _, _), = agreement._over_rows(x, np.arange(150), 150)
+        ((_, _, _, low, high, _, _),) = agreement._over_rows(x, np.arange(150), 150)
         hits += low < truth < high
     assert 88 <= hits <= 99
 
@@ -152,7 +165,7 @@ def test_rows_without_a_score_leave_only_their_pairs_out() -> None:
 
 def test_without_spread_there_is_no_correlation() -> None:
     values = np.stack([np.arange(9.0), np.ones(9)], axis=1)
-    (_, _, value, low, high, _, _), = agreement._over_rows(values, np.arange(9), 9)
+    ((_, _, value, low, high, _, _),) = agreement._over_rows(values, np.arange(9), 9)
     assert np.isnan([value, low, high]).all()
 
 
@@ -200,8 +213,18 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_the_command(root: Path, capsys: pytest.CaptureFixture) -> None:
-    code, out, _ = run(capsys, str(root), "--stat", "agreement", "--format", "csv", "--guidance", "3",
-                       "--metrics", "pickscore,clip,judge/utility")
+    code, out, _ = run(
+        capsys,
+        str(root),
+        "--stat",
+        "agreement",
+        "--format",
+        "csv",
+        "--guidance",
+        "3",
+        "--metrics",
+        "pickscore,clip,judge/utility",
+    )
     read = pd.read_csv(io.StringIO(out))
     assert code == 0 and list(read) == agreement.COLUMNS and len(read) == 3 * 3
     code, out, _ = run(capsys, str(root), "--stat", "agreement", "--format", "json", "--guidance", "3")

@@ -18,8 +18,15 @@ def scores(values: np.ndarray, metric: str = "judge/utility") -> stats.Scores:
     """values [models, training seeds, prompts], the first model untrained."""
     names = ("base", *(f"m{i}" for i in range(1, len(values))))
     _, seeds, prompts = values.shape
-    return stats.Scores(names, tuple(range(seeds)), tuple(map(str, range(prompts))), (0,), (of_before(metric),),
-                        frozenset({"base"}), values[:, :, :, None, None])
+    return stats.Scores(
+        names,
+        tuple(range(seeds)),
+        tuple(map(str, range(prompts))),
+        (0,),
+        (of_before(metric),),
+        frozenset({"base"}),
+        values[:, :, :, None, None],
+    )
 
 
 def simulated(rng: np.random.Generator, gains: tuple[float, ...], prompts: int = 60) -> stats.Scores:
@@ -30,8 +37,10 @@ def simulated(rng: np.random.Generator, gains: tuple[float, ...], prompts: int =
 
 def given(better: list[tuple[str, str]], models: tuple[str, ...]) -> Apart:
     """An `Apart` in which exactly these (better, worse) pairs are told apart."""
-    rows = [(a, b, 0.0, 0.0, 0.0, 1, 1.0, 1.0, a if (a, b) in better else b if (b, a) in better else "")
-            for b, a in combinations(models, 2)]
+    rows = [
+        (a, b, 0.0, 0.0, 0.0, 1, 1.0, 1.0, a if (a, b) in better else b if (b, a) in better else "")
+        for b, a in combinations(models, 2)
+    ]
     columns = ["first", "second", "value", "low", "high", "n_seeds", "p", "p_holm", "better"]
     return Apart(models, pd.DataFrame(rows, columns=columns), 1, 1.0)
 
@@ -63,7 +72,7 @@ def test_every_pair_is_corrected_over_all_pairs_of_all_scales() -> None:
 def test_less_of_a_defect_is_better(stat: str) -> None:
     values = simulated(np.random.default_rng(1), (1.0,)).values[..., 0, 0]
     for metric, ahead in (("judge/utility", ["m1"]), ("judge/fade", ["base"])):
-        found, = told_apart([scores(values, metric)], metric, stat, "one")
+        (found,) = told_apart([scores(values, metric)], metric, stat, "one")
         assert found.ahead == ahead
 
 
@@ -74,7 +83,7 @@ def test_a_rounding_error_is_no_difference_however_sure(stat: str) -> None:
     prompts = rng.standard_normal(200)
     for size, ahead in ((0.003, []), (0.03, ["m1"])):
         values = np.array([[prompts], [prompts + size * (1 + 0.1 * rng.standard_normal(200))]])
-        found, = told_apart([scores(values)], "judge/utility", stat, "one")
+        (found,) = told_apart([scores(values)], "judge/utility", stat, "one")
         assert found.pairs["p_holm"].item() < 1e-6 and found.ahead == ahead
         assert found.spread == pytest.approx(prompts.std(), rel=0.01)
 

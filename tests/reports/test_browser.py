@@ -65,8 +65,10 @@ def page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_nothing_is_logged_and_no_request_leaves_the_page(page: Any) -> None:
-    page.execute_script("for (const b of document.querySelectorAll('details')) b.open = true;"
-                        "window.scrollTo(0, document.body.scrollHeight)")
+    page.execute_script(
+        "for (const b of document.querySelectorAll('details')) b.open = true;"
+        "window.scrollTo(0, document.body.scrollHeight)"
+    )
     events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert asked and all(url.startswith(("file:", "data:")) for url in asked)
@@ -77,10 +79,14 @@ def test_nothing_is_logged_and_no_request_leaves_the_page(page: Any) -> None:
 def test_tables_sort_by_key_and_say_so(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    values = ("return [...document.querySelectorAll('[data-stat=mean] table')].filter(t => t.offsetParent)[0]"
-              ".querySelectorAll('tbody tr td:nth-child(2)')")
-    button = page.execute_script("return [...document.querySelectorAll('[data-stat=mean] table')]"
-                                 ".filter(t => t.offsetParent)[0].querySelectorAll('thead button')[1]")
+    values = (
+        "return [...document.querySelectorAll('[data-stat=mean] table')].filter(t => t.offsetParent)[0]"
+        ".querySelectorAll('tbody tr td:nth-child(2)')"
+    )
+    button = page.execute_script(
+        "return [...document.querySelectorAll('[data-stat=mean] table')]"
+        ".filter(t => t.offsetParent)[0].querySelectorAll('thead button')[1]"
+    )
     for state in ("descending", "ascending"):
         button.send_keys(Keys.ENTER)
         found = [float(cell.get_attribute("data-sort")) for cell in page.execute_script(values)]
@@ -140,8 +146,11 @@ def test_axe_finds_no_serious_fault(page: Any, scheme: str) -> None:
     page.execute_script(Path(AXE).read_text(encoding="utf-8"))
     found = page.execute_async_script("const done = arguments[0]; axe.run().then(r => done(r.violations))")
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    serious = [(v["id"], v["help"], [n["target"] for n in v["nodes"]][:3]) for v in found
-               if v["impact"] in ("serious", "critical")]
+    serious = [
+        (v["id"], v["help"], [n["target"] for n in v["nodes"]][:3])
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
     assert serious == []
 
 

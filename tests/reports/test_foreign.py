@@ -18,6 +18,7 @@ VALUES = (None, 3, "text", [1], {"a": {"b": []}}, True, float("nan"), "\x1b[31m"
 
 def edited(name: str, *keys: str | int) -> list[tuple[str, Callable[[Path], None]]]:
     """Every one of VALUES in one place of a JSON file."""
+
     def put(value: object) -> Callable[[Path], None]:
         def change(folder: Path) -> None:
             content = node = json.loads((folder / name).read_text())
@@ -45,20 +46,51 @@ def written(name: str, content: bytes) -> tuple[str, Callable[[Path], None]]:
 
 
 CHANGES = [
-    *(case for keys in (["suite"], ["suite", "evaluation"], ["suite", "evaluation", "prompt_sets"],
-                        ["suite", "methods"], ["metrics"], ["metrics", "clip"], ["method"], ["method_title"], ["seed"],
-                        ["iterations"],
-                        ["created"], ["git_commit"], ["prompt_sets"], ["versions"], ["judge"], ["model"])
-      for case in edited("protocol.json", *keys)),
-    *(case for keys in (["stages"], ["stages", 0], ["stages", 0, "name"], ["stages", 0, "seconds"], ["device"])
-      for case in edited("cost.json", *keys)),
-    *(column("scores.parquet", name, value) for name in ("method", "iteration", "prompt_set", "prompt_id", "metric",
-                                                         "guidance", "seed", "value")
-      for value in (None, 7, "x", "\x1b]0;x\x07")),
+    *(
+        case
+        for keys in (
+            ["suite"],
+            ["suite", "evaluation"],
+            ["suite", "evaluation", "prompt_sets"],
+            ["suite", "methods"],
+            ["metrics"],
+            ["metrics", "clip"],
+            ["method"],
+            ["method_title"],
+            ["seed"],
+            ["iterations"],
+            ["created"],
+            ["git_commit"],
+            ["prompt_sets"],
+            ["versions"],
+            ["judge"],
+            ["model"],
+        )
+        for case in edited("protocol.json", *keys)
+    ),
+    *(
+        case
+        for keys in (["stages"], ["stages", 0], ["stages", 0, "name"], ["stages", 0, "seconds"], ["device"])
+        for case in edited("cost.json", *keys)
+    ),
+    *(
+        column("scores.parquet", name, value)
+        for name in ("method", "iteration", "prompt_set", "prompt_id", "metric", "guidance", "seed", "value")
+        for value in (None, 7, "x", "\x1b]0;x\x07")
+    ),
     *(column("history.parquet", name, value) for name in ("method", "iteration", "step", "loss") for value in (7, "x")),
-    *(written(name, content) for name in ("protocol.json", "cost.json", "scores.parquet", "history.parquet",
-                                          "images/test/prompts.json", "seal.json")
-      for content in (b"", b"null", b"[]", b"\xff\xfe", b"{}", b"PAR1PAR1")),
+    *(
+        written(name, content)
+        for name in (
+            "protocol.json",
+            "cost.json",
+            "scores.parquet",
+            "history.parquet",
+            "images/test/prompts.json",
+            "seal.json",
+        )
+        for content in (b"", b"null", b"[]", b"\xff\xfe", b"{}", b"PAR1PAR1")
+    ),
 ]
 
 

@@ -49,17 +49,13 @@ def test_another_suite_is_set_apart_with_the_reason(root: Path) -> None:
 def test_what_only_changes_speed_does_not_set_apart(root: Path) -> None:
     fake_runs.write_run(root, "spin")
     suite = fake_runs.suite(("test",), (1.0, 3.0), (5775709,))
-    fake_runs.write_run(
-        root, "sft", change={"train": {**suite["train"], "micro_batch": 4}, "description": "mine"}
-    )
+    fake_runs.write_run(root, "sft", change={"train": {**suite["train"], "micro_batch": 4}, "description": "mine"})
     assert load_runs(None, root).problems == []
 
 
 def test_other_settings_of_a_method_are_not_averaged_with_it(root: Path) -> None:
     fake_runs.write_run(root, "sft", 0, created="2026-11-23T12:00:00")
-    fake_runs.write_run(
-        root, "sft", 1, change={"methods": {"sft": {"iterations": [{"steps": 200, "lr": 1.0}]}}}
-    )
+    fake_runs.write_run(root, "sft", 1, change={"methods": {"sft": {"iterations": [{"steps": 200, "lr": 1.0}]}}})
     runs = load_runs(None, root)
     assert len(runs.protocols) == 1
     assert "sft with other settings" in runs.problems[0]
@@ -177,15 +173,19 @@ def write_with_checkpoints(root: Path, method: str, seed: int = 0) -> Path:
     scores = pd.read_parquet(folder / "scores.parquet").query("iteration < 2")
     results = [{"method": method, "iteration": 1, "step": s, "within": s, "end": s == 800} for s in STEPS["sft"]]
     if method == "spin":
-        results = [{"method": method, "iteration": i, "step": s, "within": w, "end": w == 200}
-                   for i, s, w in ((1, 200, 200), (2, 300, 100), (2, 400, 200))]
+        results = [
+            {"method": method, "iteration": i, "step": s, "within": w, "end": w == 200}
+            for i, s, w in ((1, 200, 200), (2, 300, 100), (2, 400, 200))
+        ]
     frames = [scores.query("iteration == 0").assign(step=0)]
     for result in results:
         own = scores.query("iteration == 1").assign(iteration=result["iteration"], step=result["step"])
         frames.append(own.assign(value=own["value"] + result["step"]))
     pd.concat(frames).to_parquet(folder / "scores.parquet")
-    logged = [{"method": method, "iteration": 1 + (method == "spin" and step > 200), "step": step, "loss": 0.1}
-              for step in range(50, results[-1]["step"] + 1, 50)]
+    logged = [
+        {"method": method, "iteration": 1 + (method == "spin" and step > 200), "step": step, "loss": 0.1}
+        for step in range(50, results[-1]["step"] + 1, 50)
+    ]
     pd.DataFrame(logged).to_parquet(folder / "history.parquet")
     protocol = json.loads((folder / "protocol.json").read_text()) | {"results": results}
     (folder / "protocol.json").write_text(json.dumps(protocol))
@@ -198,18 +198,58 @@ def test_results_inside_a_training_have_rows_of_their_own(root: Path) -> None:
     fake_runs.write_run(root, "diffusion_dpo")  # written before there were any
     runs = load_runs(None, root)
     assert list(runs.models) == [
-        "base", "SFT@100", "SFT@267", "SFT@300", "SFT@800", "Diffusion-DPO", "SPIN-1", "SPIN-2@100", "SPIN-2"]
+        "base",
+        "SFT@100",
+        "SFT@267",
+        "SFT@300",
+        "SFT@800",
+        "Diffusion-DPO",
+        "SPIN-1",
+        "SPIN-2@100",
+        "SPIN-2",
+    ]
     assert [result.name for result in runs.models.values()] == [
-        "iter0", "iter1@100", "iter1@267", "iter1@300", "iter1", "iter1", "iter1", "iter2@100", "iter2"]
+        "iter0",
+        "iter1@100",
+        "iter1@267",
+        "iter1@300",
+        "iter1",
+        "iter1",
+        "iter1",
+        "iter2@100",
+        "iter2",
+    ]
     assert runs.problems == []
     means = runs.scores.query("metric == 'clip'").groupby("model", observed=True)["value"].mean()
     assert means["SFT@267"] - means["SFT@100"] == pytest.approx(167, abs=1e-3)
-    assert not runs.scores.duplicated(["model", "train_seed", "prompt_set", "prompt_id", "seed", "guidance",
-                                       "metric"]).any()
-    found = {name: runs.resolve(name) for name in ("sft@100", "SFT", "sft:1@267", "spin:2@100", "spin:2", "spin@100",
-                                                   "spin-2@100", "sft@800", "diffusion_dpo@200")}
-    assert list(found.values()) == ["SFT@100", "SFT@800", "SFT@267", "SPIN-2@100", "SPIN-2", "SPIN-2@100",
-                                    "SPIN-2@100", "SFT@800", "Diffusion-DPO"]
+    assert not runs.scores.duplicated(
+        ["model", "train_seed", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
+    ).any()
+    found = {
+        name: runs.resolve(name)
+        for name in (
+            "sft@100",
+            "SFT",
+            "sft:1@267",
+            "spin:2@100",
+            "spin:2",
+            "spin@100",
+            "spin-2@100",
+            "sft@800",
+            "diffusion_dpo@200",
+        )
+    }
+    assert list(found.values()) == [
+        "SFT@100",
+        "SFT@800",
+        "SFT@267",
+        "SPIN-2@100",
+        "SPIN-2",
+        "SPIN-2@100",
+        "SPIN-2@100",
+        "SFT@800",
+        "Diffusion-DPO",
+    ]
     with pytest.raises(UsageError, match=r"no model 'sft@99'.* there are base, SFT@100"):
         runs.resolve("sft@99")
 
@@ -219,9 +259,15 @@ def test_a_row_of_the_log_belongs_to_the_next_result_of_its_iteration(root: Path
     write_with_checkpoints(root, "spin")
     logged = load_runs(None, root).history
     steps = {model: rows["step"].tolist() for model, rows in logged.groupby("model")}
-    assert steps == {"SFT@100": [50, 100], "SFT@267": [150, 200, 250], "SFT@300": [300],
-                     "SFT@800": list(range(350, 801, 50)), "SPIN-1": [50, 100, 150, 200], "SPIN-2@100": [250, 300],
-                     "SPIN-2": [350, 400]}
+    assert steps == {
+        "SFT@100": [50, 100],
+        "SFT@267": [150, 200, 250],
+        "SFT@300": [300],
+        "SFT@800": list(range(350, 801, 50)),
+        "SPIN-1": [50, 100, 150, 200],
+        "SPIN-2@100": [250, 300],
+        "SPIN-2": [350, 400],
+    }
 
 
 def test_an_unfinished_training_is_not_called_by_its_method_alone(root: Path) -> None:
@@ -237,8 +283,7 @@ def test_checkpoints_alone_set_no_run_apart_and_the_end_is_the_same_model(root: 
     plain = fake_runs.write_run(root, "sft", 1)
     for name, checkpoints in ((f"20261123-100000-sft-s{seed}", [[100, 267, 300], []][seed]) for seed in (0, 1)):
         protocol = json.loads((root / name / "protocol.json").read_text())
-        protocol["suite"]["methods"]["sft"] = {
-            "iterations": [{"steps": 800, "lr": 1e-5, "checkpoints": checkpoints}]}
+        protocol["suite"]["methods"]["sft"] = {"iterations": [{"steps": 800, "lr": 1e-5, "checkpoints": checkpoints}]}
         (root / name / "protocol.json").write_text(json.dumps(protocol))
     runs = load_runs(None, root)
     assert runs.problems == []
@@ -252,8 +297,14 @@ def test_a_checkpoint_costs_what_its_training_had_by_then(root: Path) -> None:
         folder = write_with_checkpoints(root, method)
         cost = json.loads((folder / "cost.json").read_text())
         cost["checkpoints"] = [
-            {"name": f"iter{1 + (method == 'spin')}@{step}/train", "seconds": step / 10, "pairs": 32 * step,
-             "flops": 1e10 * step} for step in (100, 267, 300)]
+            {
+                "name": f"iter{1 + (method == 'spin')}@{step}/train",
+                "seconds": step / 10,
+                "pairs": 32 * step,
+                "flops": 1e10 * step,
+            }
+            for step in (100, 267, 300)
+        ]
         (folder / "cost.json").write_text(json.dumps(cost))
     price = costs(load_runs(None, root)).set_index("model")
     kinds = ["pairs", "train_flops", "sample_flops", "seconds"]

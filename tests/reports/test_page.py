@@ -154,11 +154,18 @@ def test_colours_are_distinct_and_stable() -> None:
 
 
 def test_the_curve_per_iteration_has_their_ends_alone() -> None:
-    models = {"base": BASE, "SFT@5": Result("sft", 1, 5, 5, end=False), "SFT@9": Result("sft", 1, 9, 9),
-              "SPIN-1": Result("spin", 1, 9, 9), "SPIN-2@5": Result("spin", 2, 14, 5, end=False),
-              "SPIN-2": Result("spin", 2, 18, 9)}
-    rows = pd.DataFrame([(model, value, value - 1, value + 1) for value, model in enumerate(models)],
-                        columns=["model", "value", "low", "high"])
+    models = {
+        "base": BASE,
+        "SFT@5": Result("sft", 1, 5, 5, end=False),
+        "SFT@9": Result("sft", 1, 9, 9),
+        "SPIN-1": Result("spin", 1, 9, 9),
+        "SPIN-2@5": Result("spin", 2, 14, 5, end=False),
+        "SPIN-2": Result("spin", 2, 18, 9),
+    }
+    rows = pd.DataFrame(
+        [(model, value, value - 1, value + 1) for value, model in enumerate(models)],
+        columns=["model", "value", "low", "high"],
+    )
     drawn = read(plots.iterations(rows, models, plots.colours(models), "utility"))
     assert {"base", "1", "2"} <= {text.strip() for text in drawn.texts}
     spoken = plots.iterations(rows, models, plots.colours(models), "utility").partition("aria-label=")[2][:300]
@@ -198,8 +205,19 @@ def test_a_page_keeps_to_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_section_is_there(text: str) -> None:
-    for heading in ("Failure signatures", "The paper's tables", "Biggest wins and losses", "Win rate over base",
-                    "Win rate over Diffusion-DPO", "Metrics at a glance", "Do the metrics agree?", "prompt by prompt",
-                    "against pairs seen", "against seconds of compute", "needs more than one sampling seed", "(6.25)"):
+    for heading in (
+        "Failure signatures",
+        "The paper's tables",
+        "Biggest wins and losses",
+        "Win rate over base",
+        "Win rate over Diffusion-DPO",
+        "Metrics at a glance",
+        "Do the metrics agree?",
+        "prompt by prompt",
+        "against pairs seen",
+        "against seconds of compute",
+        "needs more than one sampling seed",
+        "(6.25)",
+    ):
         assert heading in text.replace("&#39;", "'"), heading
     assert "@SIZE@" not in text

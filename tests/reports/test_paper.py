@@ -130,8 +130,12 @@ def test_latex_compiles(runs: Runs, tmp_path: Path) -> None:
     body.append(tables.render(tidy, "latex"))
     document = ["\\documentclass{article}", "\\begin{document}", *body, "\\end{document}", ""]
     (tmp_path / "tables.tex").write_text("\n".join(document), encoding="utf-8")
-    made = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    made = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0, made.stdout[-2000:]
     assert "Missing character" not in (tmp_path / "tables.log").read_text(errors="replace")
 

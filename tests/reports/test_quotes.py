@@ -40,8 +40,10 @@ def test_a_text_follows_the_file(folder: Path) -> None:
 
 
 def test_a_question_without_one_answer_is_refused(folder: Path) -> None:
-    said = ("mini_comparison.csv has 0 rows with stat 'mean', metric 'judge/utility', model 'DPO', against 'base', "
-            "guidance 1;")
+    said = (
+        "mini_comparison.csv has 0 rows with stat 'mean', metric 'judge/utility', model 'DPO', against 'base', "
+        "guidance 1;"
+    )
     with pytest.raises(BenchError, match=said):
         quotes.Quotes(folder).row("DPO", "base")
 
@@ -49,6 +51,6 @@ def test_a_question_without_one_answer_is_refused(folder: Path) -> None:
 def test_readme_types_no_measured_number() -> None:
     """Outside the block that is written, README has no number with two decimals or with a percent sign but 95 %."""
     text = (quotes.ROOT / "README.md").read_text("utf-8")
-    outside = text[:text.index(quotes.BEGIN)] + text[text.index(quotes.END):]
+    outside = text[: text.index(quotes.BEGIN)] + text[text.index(quotes.END) :]
     known = {"95 %", "2311.12908", "2402.10210", "3.10"}  # papers, Python
     assert set(re.findall(r"\d+\.\d\d+|\d+ %", outside)) <= known

@@ -31,8 +31,13 @@ def verdicts(root: Path, history: dict | None = None, **options) -> dict:
 
 @pytest.mark.parametrize(
     ("accuracy", "level", "said"),
-    [(0.7, "green", "told apart"), (0.93, "amber", "too easy"), (0.99, "red", "too easy"),
-     (0.52, "amber", "too hard"), (0.4, "red", "too hard")],
+    [
+        (0.7, "green", "told apart"),
+        (0.93, "amber", "too easy"),
+        (0.99, "red", "too easy"),
+        (0.52, "amber", "too hard"),
+        (0.4, "red", "too hard"),
+    ],
 )
 def test_competition(tmp_path: Path, accuracy: float, level: str, said: str) -> None:
     found = verdicts(tmp_path, {"implicit_accuracy": accuracy})["Competition too easy or too hard"]
@@ -93,13 +98,26 @@ def declare(folder: Path, *declared: Signal) -> None:
     (folder / "protocol.json").write_text(json.dumps(protocol))
 
 
-@pytest.mark.parametrize(("value", "level", "said"), [
-    (0.5, "green", "fine (green 0.1 to 1)"), (0.05, "amber", "low"), (-1.0, "red", "lowest"), (1.5, "amber", "high"),
-    (2.5, "red", "highest")])
+@pytest.mark.parametrize(
+    ("value", "level", "said"),
+    [
+        (0.5, "green", "fine (green 0.1 to 1)"),
+        (0.05, "amber", "low"),
+        (-1.0, "red", "lowest"),
+        (1.5, "amber", "high"),
+        (2.5, "red", "highest"),
+    ],
+)
 def test_a_plug_ins_own_signal_is_judged_by_the_limits_it_declares(tmp_path: Path, value, level, said) -> None:
     """Its name says nothing: what is drawn and judged is in the run's protocol, and only that."""
-    own = Signal("zeal", "zeal of the policy", "how eager it is", below=Limit(0.1, 0.0, "low", "lowest"), fine="fine",
-                 above=Limit(1.0, "patience", "high", "highest"))
+    own = Signal(
+        "zeal",
+        "zeal of the policy",
+        "how eager it is",
+        below=Limit(0.1, 0.0, "low", "lowest"),
+        fine="fine",
+        above=Limit(1.0, "patience", "high", "highest"),
+    )
     folder = fake_runs.write_run(tmp_path, "diffusion_dpo", guidance=(3.0,))
     history = pd.read_parquet(folder / "history.parquet").assign(zeal=value, patience=2.0, silent=1.0)
     history.to_parquet(folder / "history.parquet")

@@ -126,11 +126,7 @@ def test_seeds_are_paired_and_the_base_counts_once() -> None:
     scores = gather(pd.concat(frames), ["base", "a", "b"])
     paired = stats.compare(scores, "pickscore", "mean", "a").set_index("model")
     assert paired.loc["b", ["value", "low", "high", "p"]].tolist() == pytest.approx([1, 1, 1, 0])
-    assert stats.compare(scores, "pickscore").set_index("model")["n_seeds"].to_dict() == {
-        "base": 1,
-        "a": 3,
-        "b": 3,
-    }
+    assert stats.compare(scores, "pickscore").set_index("model")["n_seeds"].to_dict() == {"base": 1, "a": 3, "b": 3}
     assert paired.loc["base", "high"] - paired.loc["base", "low"] > 5
 
 

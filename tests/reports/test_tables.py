@@ -25,9 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def test_values_are_those_of_the_scores(runs: Runs) -> None:
     tidy = tables.table(runs, "mean", prompt_set="hard", guidance=1.0, metrics=["clip"]).set_index("model")
-    rows = runs.scores.query(
-        "prompt_set == 'hard' and guidance == 1 and metric == 'clip' and model == 'SPIN-2'"
-    )
+    rows = runs.scores.query("prompt_set == 'hard' and guidance == 1 and metric == 'clip' and model == 'SPIN-2'")
     row = tidy.loc["SPIN-2"]
     assert row["value"] == pytest.approx(rows["value"].mean())
     assert row["low"] < row["value"] < row["high"]
@@ -103,8 +101,12 @@ def test_marked_is_what_none_is_told_apart_above(once: Runs) -> None:
     metrics = ["judge/utility", "judge/fade"]
     tidy = tables.table(once, prompt_set="test", guidance=3.0, metrics=metrics)
     for column, metric in enumerate(metrics, 2):
-        pairs = pd.concat([tables.apart(once, ("test", scale), metric, "mean", "mean").pairs.assign(scale=scale)
-                           for scale in (1.0, 3.0)])
+        pairs = pd.concat(
+            [
+                tables.apart(once, ("test", scale), metric, "mean", "mean").pairs.assign(scale=scale)
+                for scale in (1.0, 3.0)
+            ]
+        )
         assert len(pairs) == 2 * 15
         clear = pairs[(significance.holm(pairs["p"]) < 0.05) & (pairs["scale"] == 3)]
         higher = (clear["value"] > 0) == (metric == "judge/utility")  # of a defect less is better
@@ -150,9 +152,7 @@ def test_programs_are_told_what_rows_speak_of(runs: Runs, once: Runs) -> None:
 
 def test_wide_text_is_folded_and_labels_are_escaped(runs: Runs) -> None:
     assert max(map(len, tables.render(tables.table(runs, metrics=["clip", "judge"])).splitlines())) < 200
-    tidy = tables.table(runs, guidance=3.0, metrics=["clip"]).replace(
-        {"model": {"SFT": "a_b & 5% {x} | *y*"}}
-    )
+    tidy = tables.table(runs, guidance=3.0, metrics=["clip"]).replace({"model": {"SFT": "a_b & 5% {x} | *y*"}})
     assert r"a\_b \& 5\% \{x\} $|$ *y*" in tables.render(tidy, "latex")
     assert r"a\_b & 5% {x} \| \*y\*" in tables.render(tidy, "md")
 

@@ -64,14 +64,20 @@ def test_methods_that_learned_nothing_do_not_lead(tmp_path: Path) -> None:
 
 
 def test_one_model_that_is_best_at_both_scales_but_clear_at_one(tmp_path: Path) -> None:
-    """"No method is clearly better than the base model" once stood above a gain of 1.13 at guidance 1."""
+    """ "No method is clearly better than the base model" once stood above a gain of 1.13 at guidance 1."""
     gains = {("SFT", 1.0): 1.13, ("SFT", 3.0): 0.05, ("Diffusion-DPO", 1.0): -0.2}
     runs = with_gains(methods(tmp_path), gains, 1.0)
     found = verdicts(runs)
     assert [one.best for one in found] == ["SFT", "SFT"] and found[0].group[1] == 3
     head, _, terminal = first_lines(runs)
-    assert head == terminal == ("At guidance 3 no checkpoint is told apart from base; at guidance 1 this checkpoint "
-                                "of SFT scores higher than base and all others")
+    assert (
+        head
+        == terminal
+        == (
+            "At guidance 3 no checkpoint is told apart from base; at guidance 1 this checkpoint "
+            "of SFT scores higher than base and all others"
+        )
+    )
 
 
 def test_two_training_seeds_speak_of_methods(tmp_path: Path) -> None:
@@ -100,30 +106,59 @@ def said(better: list[tuple[str, str]], order: list[str], seeds: int = 2, lead: 
     return Verdict(("test", 3.0), column, apart, order, value, None, above, below, apart.alike(order))
 
 
-@pytest.mark.parametrize(("better", "order", "methods", "checkpoints"), [
-    ([], ["A", "base"], "no method is told apart from base", "no checkpoint is told apart from base"),
-    ([("A", "base")], ["A", "base"], "A is better than base", "this checkpoint of A scores higher than base"),
-    ([("A", "base")], ["A", "B", "base"], "A is better than base, not told apart from B",
-     "this checkpoint of A scores higher than base, not told apart from B"),
-    ([("A", "base"), ("A", "B")], ["A", "B", "base"], "A is better than base and all others",
-     "this checkpoint of A scores higher than base and all others"),
-    ([("A", "base"), ("B", "base")], ["A", "B", "base"],
-     "A and B are better than base, A highest, not told apart from B",
-     "these checkpoints of A and B score higher than base, A highest, not told apart from B"),
-    ([("A", "base"), ("B", "base"), ("A", "B")], ["A", "B", "base"], "A and B are better than base, A above all others",
-     "these checkpoints of A and B score higher than base, A above all others"),
-    # the highest mean is too uncertain to be told apart from anything, the second is not
-    ([("B", "base")], ["A", "B", "base"], "B is better than base, A highest, not told apart from B and base",
-     "this checkpoint of B scores higher than base, A highest, not told apart from B and base"),
-    ([("base", "B")], ["base", "A", "B"], "no method is told apart above base, B is worse",
-     "no checkpoint is told apart above base, this checkpoint of B scores lower"),
-    ([(m, "base") for m in "ABCD"], [*"ABCDE", "base"],
-     "4 of 5 methods are better than base, A highest, not told apart from 4 others",
-     "4 of 5 checkpoints score higher than base, A highest, not told apart from 4 others"),
-    ([("A", "B")], ["A", "B"], "A is better than all others", "this checkpoint of A scores higher than all others"),
-    ([], ["A", "B"], "A highest, not told apart from B", "A highest, not told apart from B"),
-    ([], ["base"], "only base was scored", "only base was scored"),
-])
+@pytest.mark.parametrize(
+    ("better", "order", "methods", "checkpoints"),
+    [
+        ([], ["A", "base"], "no method is told apart from base", "no checkpoint is told apart from base"),
+        ([("A", "base")], ["A", "base"], "A is better than base", "this checkpoint of A scores higher than base"),
+        (
+            [("A", "base")],
+            ["A", "B", "base"],
+            "A is better than base, not told apart from B",
+            "this checkpoint of A scores higher than base, not told apart from B",
+        ),
+        (
+            [("A", "base"), ("A", "B")],
+            ["A", "B", "base"],
+            "A is better than base and all others",
+            "this checkpoint of A scores higher than base and all others",
+        ),
+        (
+            [("A", "base"), ("B", "base")],
+            ["A", "B", "base"],
+            "A and B are better than base, A highest, not told apart from B",
+            "these checkpoints of A and B score higher than base, A highest, not told apart from B",
+        ),
+        (
+            [("A", "base"), ("B", "base"), ("A", "B")],
+            ["A", "B", "base"],
+            "A and B are better than base, A above all others",
+            "these checkpoints of A and B score higher than base, A above all others",
+        ),
+        # the highest mean is too uncertain to be told apart from anything, the second is not
+        (
+            [("B", "base")],
+            ["A", "B", "base"],
+            "B is better than base, A highest, not told apart from B and base",
+            "this checkpoint of B scores higher than base, A highest, not told apart from B and base",
+        ),
+        (
+            [("base", "B")],
+            ["base", "A", "B"],
+            "no method is told apart above base, B is worse",
+            "no checkpoint is told apart above base, this checkpoint of B scores lower",
+        ),
+        (
+            [(m, "base") for m in "ABCD"],
+            [*"ABCDE", "base"],
+            "4 of 5 methods are better than base, A highest, not told apart from 4 others",
+            "4 of 5 checkpoints score higher than base, A highest, not told apart from 4 others",
+        ),
+        ([("A", "B")], ["A", "B"], "A is better than all others", "this checkpoint of A scores higher than all others"),
+        ([], ["A", "B"], "A highest, not told apart from B", "A highest, not told apart from B"),
+        ([], ["base"], "only base was scored", "only base was scored"),
+    ],
+)
 def test_statements_by_hand(better: list, order: list, methods: str, checkpoints: str) -> None:
     assert said(better, order).statement == methods
     assert said(better, order, seeds=1).statement == checkpoints
@@ -134,7 +169,8 @@ def test_where_less_is_better_the_best_is_the_lowest() -> None:
     found = said(better, ["A", "B", "base"], seeds=1, lead="judge/fade")
     assert found.statement == "these checkpoints of A and B score lower than base, A lowest, not told apart from B"
     assert said([("base", "A")], ["base", "A"], 1, "judge/fade").statement == (
-        "no checkpoint is told apart above base, this checkpoint of A scores higher")
+        "no checkpoint is told apart above base, this checkpoint of A scores higher"
+    )
 
 
 def test_the_listing_holds_everything_that_is_clear() -> None:
@@ -153,9 +189,11 @@ def test_the_headline_keeps_to_the_first_prompt_set_and_names_every_scale() -> N
     clear, unclear = [("spin-g3", "base")], []
     assert headline([at("test", 3, clear), at("hard", 3, unclear)]) == "spin-g3 is better than base"
     assert headline([at("test", 3, clear), at("test", 1, clear), at("hard", 3, unclear)]) == (
-        "At every guidance scale spin-g3 is better than base")
+        "At every guidance scale spin-g3 is better than base"
+    )
     assert headline([at("test", 5, clear), at("test", 3, unclear), at("test", 1, clear)]) == (
-        "At guidance 5 and 1 spin-g3 is better than base; at guidance 3 no method is told apart from base")
+        "At guidance 5 and 1 spin-g3 is better than base; at guidance 3 no method is told apart from base"
+    )
 
 
 def test_a_run_tells_programs_what_is_clear(

@@ -21,17 +21,20 @@ from bench.storage import integrity, runs
 FULL = "the disk is full"
 
 
-@pytest.mark.parametrize(("error", "said"), [
-    (OSError(errno.ENOSPC, "No space left on device", "results/x"), "the disk is full (results/x): make room"),
-    (OSError(errno.ENOSPC, "Error writing bytes to file"), FULL),  # pyarrow's
-    (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), FULL),  # torch.save's
-    (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),  # safetensors'
-    (PermissionError(errno.EACCES, "Permission denied", "results/y"), "results/y cannot be written or read"),
-    (OSError(errno.EROFS, "Read-only file system", "results"), "results cannot be written or read"),
-    (MemoryError("Unable to allocate 8.00 PiB"), "out of memory: take a smaller train.micro_batch"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: take a smaller"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "out of memory"),
-])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "results/x"), "the disk is full (results/x): make room"),
+        (OSError(errno.ENOSPC, "Error writing bytes to file"), FULL),  # pyarrow's
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"), FULL),  # torch.save's
+        (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),  # safetensors'
+        (PermissionError(errno.EACCES, "Permission denied", "results/y"), "results/y cannot be written or read"),
+        (OSError(errno.EROFS, "Read-only file system", "results"), "results cannot be written or read"),
+        (MemoryError("Unable to allocate 8.00 PiB"), "out of memory: take a smaller train.micro_batch"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: take a smaller"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "out of memory"),
+    ],
+)
 def test_what_gave_out_is_named_with_a_remedy(error, said, monkeypatch, capsys):
     assert explained(error).startswith(said)
 
@@ -61,9 +64,16 @@ def test_an_array_takes_its_room_before_it_is_filled(tmp_path, monkeypatch):
         integrity.new_array(tmp_path / "b.npy", np.float32, (10, 10))
 
 
-@pytest.mark.parametrize(("sent", "said"), [
-    (signal.SIGTERM, "bench: stopped by SIGTERM (from the batch system, or from the launcher because another process "),
-    (signal.SIGINT, "bench: interrupted before a run was started")])
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (
+            signal.SIGTERM,
+            "bench: stopped by SIGTERM (from the batch system, or from the launcher because another process ",
+        ),
+        (signal.SIGINT, "bench: interrupted before a run was started"),
+    ],
+)
 def test_a_signal_before_the_run_begins_is_said(tmp_path, monkeypatch, sent, said):
     """While models are loaded and data encoded, which may take hours."""
     monkeypatch.chdir(tmp_path)

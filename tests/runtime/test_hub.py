@@ -14,8 +14,9 @@ def test_owner_and_name_are_on_the_hub(name: str) -> None:
     assert is_hub_id(name)
 
 
-@pytest.mark.parametrize("name", ["mini", "./a/b", "../name", "/a", "~/models", "a/b/c", "out/model.safetensors",
-                                  "out/pairs.parquet"])
+@pytest.mark.parametrize(
+    "name", ["mini", "./a/b", "../name", "/a", "~/models", "a/b/c", "out/model.safetensors", "out/pairs.parquet"]
+)
 def test_paths_are_not(name: str) -> None:
     assert not is_hub_id(name)
 

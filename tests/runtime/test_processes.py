@@ -24,10 +24,27 @@ TESTS = Path(__file__).parents[1]
 def launch(node: int, port: int, *command: str, nodes: int = 1) -> subprocess.Popen[str]:
     """One node's torchrun; two processes in all."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--node-rank", str(node),
-         "--nproc-per-node", str(2 // nodes), "--master-addr", "127.0.0.1", "--master-port", str(port), *command],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            str(nodes),
+            "--node-rank",
+            str(node),
+            "--nproc-per-node",
+            str(2 // nodes),
+            "--master-addr",
+            "127.0.0.1",
+            "--master-port",
+            str(port),
+            *command,
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def free_port() -> int:
@@ -49,8 +66,16 @@ def test_two_nodes_equal_one_process(accelerator, tmp_path):
             node.kill()
     torch.manual_seed(0)
     policy = make_unet()
-    train(policy, copy.deepcopy(policy), DiffusionDPO(500.0), train_tiny.make_data(),
-          replace(train_tiny.SETTINGS, steps=10, batch_size=7), train_tiny.SCHEDULER, 0, accelerator)
+    train(
+        policy,
+        copy.deepcopy(policy),
+        DiffusionDPO(500.0),
+        train_tiny.make_data(),
+        replace(train_tiny.SETTINGS, steps=10, batch_size=7),
+        train_tiny.SCHEDULER,
+        0,
+        accelerator,
+    )
     together = load_unet(tmp_path / "unet" / DiffusionDPO.name)
     one, two = (torch.cat([p.detach().flatten() for p in unet.parameters()]) for unet in (policy, together))
     assert (one - two).norm() / one.norm() < 1e-6

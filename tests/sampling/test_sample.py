@@ -33,9 +33,13 @@ def test_equal_to_diffusers_own_call(scheduler, guidance):
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler.config)
     keys = [(7, prompt) for prompt in PROMPTS]
     theirs = pipe(
-        PROMPTS, guidance_scale=guidance, num_inference_steps=4, latents=initial_latents(keys, (4, 8, 8)),
+        PROMPTS,
+        guidance_scale=guidance,
+        num_inference_steps=4,
+        latents=initial_latents(keys, (4, 8, 8)),
         generator=[torch.Generator().manual_seed(derive("sample-steps", *key)) for key in keys],
-        output_type="np").images
+        output_type="np",
+    ).images
     assert ours.dtype == np.uint8 and ours.shape == (4, 64, 64, 3)
     assert np.abs(ours.astype(int) - np.round(theirs * 255)).max() <= 1
     assert ours.std() > 5  # a flat image would compare equal too easily
@@ -134,7 +138,8 @@ def test_a_unet_with_one_nan_makes_no_black_images(output):
     with pytest.raises(BenchError) as caught:
         sample(broken("UNet", torch.nan), PROMPTS, guidance=3.0, steps=2, seeds=[7], output=output, name="sft 1")
     assert str(caught.value).startswith(
-        "sft 1: what its UNet makes of 'a red cat' (seed 7, guidance 3) is not finite, as of 4 of 4 in the batch; ")
+        "sft 1: what its UNet makes of 'a red cat' (seed 7, guidance 3) is not finite, as of 4 of 4 in the batch; "
+    )
     assert "\n" not in str(caught.value)
 
 
@@ -160,11 +165,14 @@ def test_the_first_row_that_is_not_finite_is_named(monkeypatch):
         sample(PIPE, PROMPTS[:2], guidance=1.0, steps=2, seeds=[5, 6])
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
-    ({"guidance": float("inf")}, "guidance must be a finite number, got inf"),
-    ({"steps": 1001}, "1001 steps: the model has 1000 timesteps"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"guidance": float("inf")}, "guidance must be a finite number, got inf"),
+        ({"steps": 1001}, "1001 steps: the model has 1000 timesteps"),
+    ],
+)
 def test_what_a_solver_cannot_do_is_refused_before_it_begins(options, said):
     with pytest.raises(UsageError, match=said):
         sample(PIPE, PROMPTS, **{"guidance": 1.0, "steps": 1, "seeds": [1], **options})

@@ -31,8 +31,9 @@ class Brightness(Metric):
 
     def score(self, images, prompts):
         assert len(images) == len(prompts)
-        return np.array([self.scale * image.mean() + len(prompt) for image, prompt
-                         in zip(images, prompts, strict=True)], np.float32)
+        return np.array(
+            [self.scale * image.mean() + len(prompt) for image, prompt in zip(images, prompts, strict=True)], np.float32
+        )
 
     def info(self):
         return {"version": "1"}
@@ -118,7 +119,8 @@ def test_images_of_one_colour_or_nearly_all_at_the_ends_show_nothing():
     assert evaluate.blank(images).tolist() == [True, True, True, False, False, False]
     assert evaluate.blank_warning("sft 1, test", ["a cat", "b"], 6) == (
         "sft 1, test: 2 of 6 images show nothing (one colour, or over 99% of their values at 0 or 255), the first for "
-        "'a cat'")
+        "'a cat'"
+    )
 
 
 def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
@@ -130,8 +132,9 @@ def test_scorers_are_loaded_by_name_with_their_options(monkeypatch):
         Scorers.load(["brightness"], options={"brightness": {"scales": 2.0}})
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("brightness", np.nan), ("brightness", np.inf), ("judged/utility", np.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("brightness", np.nan), ("brightness", np.inf), ("judged/utility", np.nan)]
+)
 def test_a_score_that_is_not_finite_is_refused_with_metric_and_prompt(monkeypatch, name, value):
     part = Brightness if name == "brightness" else Judged
     score = part.score
@@ -146,11 +149,14 @@ def test_a_score_that_is_not_finite_is_refused_with_metric_and_prompt(monkeypatc
         Scorers({"brightness": Brightness.load(), "judged": Judged.load()}).score(sampled(), list("abcdef"))
 
 
-@pytest.mark.parametrize(("given", "expected"), [
-    ({"utility": np.zeros(6)}, "metric 'judged' declares the columns utility, fade, but its score gave utility"),
-    (np.zeros(6), "metric 'judged' declares the columns utility, fade, but its score gave one array"),
-    ({"utility": np.zeros(6), "fade": np.zeros((6, 1))}, r"metric 'judged': fade has shape \[6, 1\] for 6 images"),
-])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"utility": np.zeros(6)}, "metric 'judged' declares the columns utility, fade, but its score gave utility"),
+        (np.zeros(6), "metric 'judged' declares the columns utility, fade, but its score gave one array"),
+        ({"utility": np.zeros(6), "fade": np.zeros((6, 1))}, r"metric 'judged': fade has shape \[6, 1\] for 6 images"),
+    ],
+)
 def test_scores_that_are_not_as_declared_are_refused(monkeypatch, given, expected):
     monkeypatch.setattr(Judged, "score", lambda self, images, prompts: given)
     with pytest.raises(BenchError, match=f"^{expected}"):
@@ -162,10 +168,15 @@ def test_the_protocol_has_what_a_metric_says_of_itself_and_the_hash_has_not():
     assert scorers.info() == {"brightness": {"version": "1"}, "judged": {"version": "2"}}
     said = scorers.protocol()
     assert said["brightness"]["version"] == "1" and said["brightness"]["reads"] == "image and prompt"
-    assert [Column.read({**record, "of a later version": 1}) for metric in said.values() for record in
-            metric["columns"]] == scorers.columns == [
-        Column("brightness", "Brightness"), Column("judged/utility", "utility"),
-        Column("judged/fade", "fade", higher_is_better=False)]
+    assert (
+        [Column.read({**record, "of a later version": 1}) for metric in said.values() for record in metric["columns"]]
+        == scorers.columns
+        == [
+            Column("brightness", "Brightness"),
+            Column("judged/utility", "utility"),
+            Column("judged/fade", "fade", higher_is_better=False),
+        ]
+    )
 
 
 def test_a_metric_of_its_own_name_does_not_inherit_the_columns_of_another():

@@ -77,8 +77,13 @@ class Red(Metric):
         return cls()
 
     def score(self, images, prompts):
-        return np.array([self.factor * (np.asarray(image)[0, 0, 0] / 255 + len(prompt))
-                         for image, prompt in zip(images, prompts, strict=True)], np.float32)
+        return np.array(
+            [
+                self.factor * (np.asarray(image)[0, 0, 0] / 255 + len(prompt))
+                for image, prompt in zip(images, prompts, strict=True)
+            ],
+            np.float32,
+        )
 
     def info(self):
         return {"version": "1"}
@@ -103,7 +108,8 @@ def python(tmp_path: Path) -> Path:
         handle.write(b"merges")
     site = Path(Image.__file__).parents[1]
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\ntest -z "$PYTHONPATH" || exit 9\nPYTHONPATH="{root}:{site}" exec "{sys.executable}" -S "$@"\n')
+        f'#!/bin/sh\ntest -z "$PYTHONPATH" || exit 9\nPYTHONPATH="{root}:{site}" exec "{sys.executable}" -S "$@"\n'
+    )
     (tmp_path / "python").chmod(0o755)
     return tmp_path / "python"
 
@@ -157,7 +163,7 @@ def test_what_is_missing_is_told_before_anything_is_scored(folder, python, tmp_p
     monkeypatch.setattr(Red, "score", lambda *_: pytest.fail("scored"))
     (tmp_path / "packages" / "clip").rename(tmp_path / "packages" / "klip")
     code, _, err = run(capfd, str(folder), "--official-python", str(python))
-    message, = err.strip().splitlines()
+    (message,) = err.strip().splitlines()
     assert code == 1 and "imagereward: no module named clip" in message
     assert f"pip install -r {official.REQUIREMENTS}" in message and official.REQUIREMENTS.is_file()
 
@@ -168,11 +174,14 @@ def test_packages_that_break_at_import_are_told_too(folder, python, tmp_path, ca
     assert code == 1 and "ImportError" in err.splitlines()[-1] and "environment of its own" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--metrics", "pickscore"), "no package scores 'pickscore'"),
-    (("--weights", "mini", "--official-python", "{python}"), "not the miniatures"),
-    (("--official-python", "nowhere/python"), "nowhere/python"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metrics", "pickscore"), "no package scores 'pickscore'"),
+        (("--weights", "mini", "--official-python", "{python}"), "not the miniatures"),
+        (("--official-python", "nowhere/python"), "nowhere/python"),
+    ],
+)
 def test_mistakes(folder, python, capfd, arguments, message):
     code, _, err = run(capfd, str(folder), *(part.format(python=python) for part in arguments))
     assert code == 2 and message in err.strip().splitlines()[-1]

@@ -32,8 +32,13 @@ class Brightness(Metric):
 
     def score(self, images, prompts):
         Brightness.scored += len(images)
-        return np.array([self.factor * np.asarray(image).mean() + len(prompt) for image, prompt
-                         in zip(images, prompts, strict=True)], np.float32)
+        return np.array(
+            [
+                self.factor * np.asarray(image).mean() + len(prompt)
+                for image, prompt in zip(images, prompts, strict=True)
+            ],
+            np.float32,
+        )
 
     def info(self):
         return {"version": "1", "truncates": "prompts after 5 letters"}
@@ -61,8 +66,9 @@ def folder(tmp_path) -> Path:
 
 
 def scored(folder: Path, prompts: Path | None = None, options: dict | None = None) -> tuple[pd.DataFrame, dict]:
-    return score.score_folder(score.collect(folder, prompts), ["brightness"], options or {}, "cpu",
-                              Path("cache.sqlite"))
+    return score.score_folder(
+        score.collect(folder, prompts), ["brightness"], options or {}, "cpu", Path("cache.sqlite")
+    )
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -76,8 +82,10 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-ROWS = [{"file_name": name, "prompt": prompt} for name, prompt
-        in (("a.png", "one"), ("b.jpg", "three"), ("c.webp", "007"), ("more/d.PNG", "a longer one"))]
+ROWS = [
+    {"file_name": name, "prompt": prompt}
+    for name, prompt in (("a.png", "one"), ("b.jpg", "three"), ("c.webp", "007"), ("more/d.PNG", "a longer one"))
+]
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.jsonl", "p.parquet"])
@@ -87,9 +95,11 @@ def test_every_kind_of_prompts_file(folder, tmp_path, name):
     assert table["prompt"].tolist() == [row["prompt"] for row in ROWS] and not table["problem"].any()
     expected = [np.asarray(Image.open(folder / row["file_name"])).mean() + len(row["prompt"]) for row in ROWS]
     np.testing.assert_allclose(table["brightness"], expected, rtol=1e-6)
-    assert protocol["metrics"]["brightness"] == {
-        **Brightness.description(), "version": "1", "truncates": "prompts after 5 letters",
-        "truncated_prompts": 1} and protocol["scored"] == 4
+    assert (
+        protocol["metrics"]["brightness"]
+        == {**Brightness.description(), "version": "1", "truncates": "prompts after 5 letters", "truncated_prompts": 1}
+        and protocol["scored"] == 4
+    )
 
 
 def test_metadata_in_the_folder_is_found(folder):
@@ -117,8 +127,15 @@ def test_metadata_is_not_trusted(folder, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
     os.mkfifo(folder / "pipe.png")
     (folder / "link.png").symlink_to(tmp_path / "nowhere")
-    names = ["../secret.png", str(tmp_path / "secret.png"), "pipe.png", "link.png", "nul\0", "x" * 300 + ".png",
-             "\x1b]0;owned\x07.png"]
+    names = [
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "pipe.png",
+        "link.png",
+        "nul\0",
+        "x" * 300 + ".png",
+        "\x1b]0;owned\x07.png",
+    ]
     Image.new("RGB", (8, 8)).save(os.fsencode(folder) + b"/latin-\xe9.png")
     prompts = write(tmp_path / "p.jsonl", [ROWS[0], *({"file_name": name, "prompt": "x"} for name in names)])
     table, protocol = scored(folder, prompts)

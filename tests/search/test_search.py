@@ -31,8 +31,12 @@ from bench.storage import runs, stages
 from bench.suites import Suite, load_suite, override
 
 SEARCH = {
-    "seeds": [100, 101], "prompts": "world:validation", "limit": 3, "metric": "darkness",
-    "grids": {"spin": [{"lr": [1e-3, 1e-2, 1e30]}, {"lr": [1e-4, 1e-3, 1e30]}]}}  # the last ones break their training
+    "seeds": [100, 101],
+    "prompts": "world:validation",
+    "limit": 3,
+    "metric": "darkness",
+    "grids": {"spin": [{"lr": [1e-3, 1e-2, 1e30]}, {"lr": [1e-4, 1e-3, 1e30]}]},
+}  # the last ones break their training
 SFT = {"steps": [4], "lr": [1e-3, 1e-2, 1e-1]}
 LINE = "search --suite tiny.yaml"
 
@@ -41,8 +45,13 @@ pytestmark = pytest.mark.usefixtures("darkness")
 
 def write_suite(folder: Path, weights: Path, **changes: object) -> None:
     evaluation = {**tiny_bench.SUITE["evaluation"], "seeds": [1]}
-    suite = {**tiny_bench.SUITE, "evaluation": evaluation, "model": {"weights": str(weights)}, "search": SEARCH,
-             **changes}
+    suite = {
+        **tiny_bench.SUITE,
+        "evaluation": evaluation,
+        "model": {"weights": str(weights)},
+        "search": SEARCH,
+        **changes,
+    }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(suite, sort_keys=False))
 
 
@@ -57,6 +66,7 @@ def undisturbed(darkness, tiny_pipeline_folder, tmp_path_factory) -> Path:
         def make(*arguments: object, **options: object) -> Sampler:
             made[kind] += 1
             return Sampler(*arguments, **options)
+
         return make
 
     score = shared.Shared.score
@@ -91,8 +101,12 @@ def tiny(**changes: object) -> Suite:
 
 def finished(storage: BaseStorage) -> list[tuple]:
     """(study, cell) of every trial that is COMPLETE."""
-    return [(study.study_name, queue.cell_of(trial)) for study in storage.get_all_studies()
-            for trial in storage.get_all_trials(study._study_id) if trial.state == TrialState.COMPLETE]
+    return [
+        (study.study_name, queue.cell_of(trial))
+        for study in storage.get_all_studies()
+        for trial in storage.get_all_trials(study._study_id)
+        if trial.state == TrialState.COMPLETE
+    ]
 
 
 # grids
@@ -101,31 +115,44 @@ def finished(storage: BaseStorage) -> list[tuple]:
 def test_a_grid_is_every_combination_over_what_the_entry_lists():
     suite = tiny(grids={"spin": [{"beta": [10.0, 20.0], "lr": [1e-4, 2e-4]}]})
     assert grids.settings(suite, "spin", 1) == [
-        {"steps": 2, "lr": 1e-4, "beta": 10.0}, {"steps": 2, "lr": 2e-4, "beta": 10.0},
-        {"steps": 2, "lr": 1e-4, "beta": 20.0}, {"steps": 2, "lr": 2e-4, "beta": 20.0}]
+        {"steps": 2, "lr": 1e-4, "beta": 10.0},
+        {"steps": 2, "lr": 2e-4, "beta": 10.0},
+        {"steps": 2, "lr": 1e-4, "beta": 20.0},
+        {"steps": 2, "lr": 2e-4, "beta": 20.0},
+    ]
     assert grids.text({"steps": 2, "lr": 2e-4, "beta": 20.0}) == "steps=2 lr=0.0002 beta=20"
 
 
 def test_the_measured_suite_gives_every_method_the_same_budget():
     suite = load_suite("mini-measured")
     grids.check(suite)
-    budgets = {entry: sum(setting["steps"] for number in range(1, len(grid) + 1)
-                          for setting in grids.settings(suite, entry, number))
-               for entry, grid in suite.search.grids.items()}
+    budgets = {
+        entry: sum(
+            setting["steps"] for number in range(1, len(grid) + 1) for setting in grids.settings(suite, entry, number)
+        )
+        for entry, grid in suite.search.grids.items()
+    }
     assert budgets == dict.fromkeys(("sft", "diffusion_dpo", "spin", "spin-g3"), 9 * 300)
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    ({"sft": [{"steps": [4], "lr": [1e-3, 1e-2]}]}, "sft 2 settings an iteration, 32 pairs; spin 3"),
-    ({"sft": [{"steps": [3], "lr": [1e-3, 1e-2, 1e-1]}]}, "sft 3 settings an iteration, 36 pairs; spin 3 settings an "
-                                                          "iteration, 48 pairs"),
-    ({"spin": [{"lr": [1e-3, 1e-2]}, {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}]}, "spin 2 or 4 settings an iteration"),
-    ({"spin": [{"lr": [1e-3, 1e-2, -1.0]}, {"lr": [1e-4, 1e-3, 1e-2]}]}, "search.grids.spin.0.lr"),
-    ({"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]},
-     "unknown setting 'search.grids.sft.0.lrr' (did you mean 'lr'?)"),
-    ({"sft": [{"steps": [4], "lr": [1e-3, 1e-3, 1e-1]}]}, "names a setting twice"),
-    ({"spn": SEARCH["grids"]["spin"]}, "did you mean 'spin'"),
-])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sft": [{"steps": [4], "lr": [1e-3, 1e-2]}]}, "sft 2 settings an iteration, 32 pairs; spin 3"),
+        (
+            {"sft": [{"steps": [3], "lr": [1e-3, 1e-2, 1e-1]}]},
+            "sft 3 settings an iteration, 36 pairs; spin 3 settings an iteration, 48 pairs",
+        ),
+        ({"spin": [{"lr": [1e-3, 1e-2]}, {"lr": [1e-4, 1e-3, 1e-2, 1e-1]}]}, "spin 2 or 4 settings an iteration"),
+        ({"spin": [{"lr": [1e-3, 1e-2, -1.0]}, {"lr": [1e-4, 1e-3, 1e-2]}]}, "search.grids.spin.0.lr"),
+        (
+            {"sft": [{"steps": [4], "lrr": [1e-3, 1e-2, 1e-1]}]},
+            "unknown setting 'search.grids.sft.0.lrr' (did you mean 'lr'?)",
+        ),
+        ({"sft": [{"steps": [4], "lr": [1e-3, 1e-3, 1e-1]}]}, "names a setting twice"),
+        ({"spn": SEARCH["grids"]["spin"]}, "did you mean 'spin'"),
+    ],
+)
 def test_unequal_or_impossible_grids_are_refused(changed, said):
     with pytest.raises(UsageError) as caught:
         grids.check(tiny(grids={"sft": [SFT], **SEARCH["grids"], **changed}))
@@ -144,13 +171,16 @@ def test_a_repeated_seed_is_no_second_training():
         grids.check(tiny(seeds=[100, 100]))
 
 
-@pytest.mark.parametrize(("best", "ends", "found"), [
-    ({"lr": 2e-4, "beta": 20, "steps": 5}, {}, {}),  # a list of one was not searched
-    ({"lr": 1e-4, "beta": 20, "steps": 5}, {}, {"lr": ("low", 5e-5)}),
-    ({"lr": 6e-4, "beta": 30, "steps": 5}, {}, {"lr": ("high", 1.8e-3), "beta": ("high", 45)}),
-    ({"lr": 1e-4, "beta": 30, "steps": 5}, {"lr": "low"}, {"beta": ("high", 45)}),
-    ({"lr": 6e-4, "beta": 20, "steps": 5}, {"lr": "low"}, {"lr": ("high", 1.8e-3)}),
-])
+@pytest.mark.parametrize(
+    ("best", "ends", "found"),
+    [
+        ({"lr": 2e-4, "beta": 20, "steps": 5}, {}, {}),  # a list of one was not searched
+        ({"lr": 1e-4, "beta": 20, "steps": 5}, {}, {"lr": ("low", 5e-5)}),
+        ({"lr": 6e-4, "beta": 30, "steps": 5}, {}, {"lr": ("high", 1.8e-3), "beta": ("high", 45)}),
+        ({"lr": 1e-4, "beta": 30, "steps": 5}, {"lr": "low"}, {"beta": ("high", 45)}),
+        ({"lr": 6e-4, "beta": 20, "steps": 5}, {"lr": "low"}, {"lr": ("high", 1.8e-3)}),
+    ],
+)
 def test_edges_say_where_a_grid_must_grow(best, ends, found):
     grid = {"steps": [5], "lr": [2e-4, 1e-4, 6e-4], "beta": [20, 30, 10]}
     assert grids.edges(grid, best, ends) == found
@@ -197,8 +227,9 @@ def test_of_two_trials_put_in_line_for_a_cell_only_the_first_is_done(storage):
     study = Study(storage, "s")
     cell, setting = next(iter(CELLS.items()))
     for _ in range(2):  # as two workers that start at the same moment would
-        storage.create_new_trial(study.study, create_trial(
-            state=TrialState.WAITING, user_attrs={"setting": setting, "seed": cell.seed}))
+        storage.create_new_trial(
+            study.study, create_trial(state=TrialState.WAITING, user_attrs={"setting": setting, "seed": cell.seed})
+        )
     with study.claim({cell: setting}) as claim:
         claim.finish(1.0)
     assert study.claim({cell: setting}) is None
@@ -251,9 +282,14 @@ def test_an_address_that_is_none_is_one_line(tmp_path):
 
 def trials(values: dict[float, np.ndarray], scores: bool = True) -> dict:
     """Finished trials by cell; `values`: per-prompt utilities [seeds, prompts] by lr."""
-    return {Cell(grids.text({"steps": 5, "lr": lr}), seed): create_trial(value=float(rows.mean()), user_attrs={
-        "gain": float(rows.mean()) - 0.5, "prompts": rows.tolist() if scores else None})
-        for lr, table in values.items() for seed, rows in enumerate(table)}
+    return {
+        Cell(grids.text({"steps": 5, "lr": lr}), seed): create_trial(
+            value=float(rows.mean()),
+            user_attrs={"gain": float(rows.mean()) - 0.5, "prompts": rows.tolist() if scores else None},
+        )
+        for lr, table in values.items()
+        for seed, rows in enumerate(table)
+    }
 
 
 LRS = [1e-4, 2e-4, 4e-4]
@@ -334,12 +370,15 @@ def test_runs_of_a_suite_with_and_without_a_search_are_compared(monkeypatch, tmp
 # the command
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"prompts": "world:test"}, "3 of 3 prompts of world:test are in evaluation.prompt_sets.test too"),
-    ({"metric": "darknes"}, "did you mean 'darkness'"),
-    ({"metric": "judge/utility"}, "the suite has no 'judge/utility'"),
-    ({"grids": {"sft": [{"beta": [1.0, 2.0, 3.0]}]}}, "unknown setting 'search.grids.sft.0.beta'; sft takes"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts": "world:test"}, "3 of 3 prompts of world:test are in evaluation.prompt_sets.test too"),
+        ({"metric": "darknes"}, "did you mean 'darkness'"),
+        ({"metric": "judge/utility"}, "the suite has no 'judge/utility'"),
+        ({"grids": {"sft": [{"beta": [1.0, 2.0, 3.0]}]}}, "unknown setting 'search.grids.sft.0.beta'; sft takes"),
+    ],
+)
 def test_a_search_that_cannot_be_is_refused(elsewhere, tiny_pipeline_folder, capsys, change, said):
     write_suite(elsewhere, tiny_pipeline_folder, search={**SEARCH, **change})
     assert bench(LINE) == 2
@@ -356,8 +395,21 @@ def test_methods_without_a_grid_and_suites_without_a_search_are_named(elsewhere,
 def test_the_table_holds_everything_tried_and_the_gains_are_those_of_a_run(undisturbed, monkeypatch, capsys):
     monkeypatch.chdir(undisturbed)
     tried = pd.read_csv("tried.csv")
-    assert list(tried.columns) == ["entry", "iteration", "steps", "lr", "beta", "seed", "pairs", "utility", "gain",
-                                   "gain_g1", "gain_g3", "after", "identity"]
+    assert list(tried.columns) == [
+        "entry",
+        "iteration",
+        "steps",
+        "lr",
+        "beta",
+        "seed",
+        "pairs",
+        "utility",
+        "gain",
+        "gain_g1",
+        "gain_g3",
+        "after",
+        "identity",
+    ]
     assert len(tried) == 12 and len(tried.drop_duplicates(["entry", "iteration", "steps", "lr", "seed"])) == 12
     assert (np.isneginf(tried["utility"]) == tried["lr"].eq(1e30)).all()
     second = tried[tried["iteration"] == 2]
@@ -365,8 +417,13 @@ def test_the_table_holds_everything_tried_and_the_gains_are_those_of_a_run(undis
     row = second[second["lr"].eq(1e-3) & second["seed"].eq(101)].iloc[0]
     iterations = json.dumps([{"steps": 2, "lr": lr, "beta": 1000.0} for lr in (1e-2, 1e-3)], separators=(",", ":"))
     validation = json.dumps({"validation": {"prompts": "world:validation", "limit": 3}}, separators=(",", ":"))
-    assert bench(f"run --suite tiny.yaml --method spin --seed 101 --set methods.spin.iterations={iterations} "
-                 f"--set evaluation.prompt_sets={validation}") == 0
+    assert (
+        bench(
+            f"run --suite tiny.yaml --method spin --seed 101 --set methods.spin.iterations={iterations} "
+            f"--set evaluation.prompt_sets={validation}"
+        )
+        == 0
+    )
     (run,) = runs.ids()
     scores = pd.read_parquet(runs.RUNS / run / "scores.parquet").astype({"value": float})
     means = scores[scores["metric"] == "darkness"].groupby(["iteration", "guidance"])["value"].mean()
@@ -402,8 +459,10 @@ def test_two_workers_one_of_them_killed_do_every_setting_once_as_one_alone_would
     done = finished(open_storage(Path("results/search")))
     assert len(done) == len(set(done)) == 12
     order = ["iteration", "lr", "seed"]
-    one, two = (pd.read_parquet(folder / "tried.parquet").sort_values(order, ignore_index=True)
-                for folder in (undisturbed, elsewhere))
+    one, two = (
+        pd.read_parquet(folder / "tried.parquet").sort_values(order, ignore_index=True)
+        for folder in (undisturbed, elsewhere)
+    )
     pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
@@ -449,6 +508,18 @@ def test_jobs_are_further_workers_on_the_same_search(undisturbed, elsewhere, mon
     monkeypatch.setattr(search_command.subprocess, "Popen", Process)
     table = undisturbed / "tried.parquet"
     assert bench(f"{LINE} spin --jobs 3 --set search.limit=3 --storage sqlite:///s.db --import {table}") == 0
-    child = [sys.executable, "-m", "bench", "search", "--worker", "spin", "--suite", "tiny.yaml", "--set",
-             "search.limit=3", "--storage", "sqlite:///s.db"]
+    child = [
+        sys.executable,
+        "-m",
+        "bench",
+        "search",
+        "--worker",
+        "spin",
+        "--suite",
+        "tiny.yaml",
+        "--set",
+        "search.limit=3",
+        "--storage",
+        "sqlite:///s.db",
+    ]
     assert started == [child, child, "ended", "ended"]

@@ -171,6 +171,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tiny_pipeline, 
 
 def test_processes_share_the_shards_and_read_together(tiny_pipeline, tmp_path, small_shards):
     """The second process finds, when the first has come, its own shard and those of the first."""
+
     def first_comes():
         cached_latents(tmp_path, {}, tiny_pipeline.vae, Fetch(), 5, share=Share(0, 2, lambda: None))
 
@@ -187,8 +188,11 @@ def test_prompts_are_cached_by_weights_and_text(tiny_pipeline, tmp_path, monkeyp
     first = cached_prompts(tmp_path, {"weights": "w"}, tiny_pipeline, prompts)
     with monkeypatch.context() as patch:
         encode = cache.encode_prompt_batch
-        patch.setattr(cache, "encode_prompt_batch",
-                      lambda pipe, texts: encode(pipe, texts) if texts == [""] else pytest.fail("encoded again"))
+        patch.setattr(
+            cache,
+            "encode_prompt_batch",
+            lambda pipe, texts: encode(pipe, texts) if texts == [""] else pytest.fail("encoded again"),
+        )
         again = cached_prompts(tmp_path, {"weights": "w"}, tiny_pipeline, prompts)
     for name in ("table", "index", "null"):
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))

@@ -51,7 +51,7 @@ def flip(path: Path) -> None:
 def cut(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
 
 
 def empty(path: Path) -> None:
@@ -60,12 +60,18 @@ def empty(path: Path) -> None:
 
 
 DAMAGES = [flip, cut, empty, Path.unlink]
-FILES = ["results/cache/latents-*/00000/rows.npy",
-         "results/cache/images-*/*.png", "results/cache/scores-*/scores.parquet",
-         "results/runs/*/iter1/unet/*.safetensors", "results/runs/*/iter2/history.parquet",
-         "results/runs/*/stages/opponent1/latents.npy", "results/runs/*/stages/opponent2/pairs.npy",
-         "results/runs/*/images/test/g1/iter2/*.png", "results/runs/*/stages/scores1-test-g1/scores.parquet",
-         "results/runs/*/stages/scores2-test-g1/cost.json"]
+FILES = [
+    "results/cache/latents-*/00000/rows.npy",
+    "results/cache/images-*/*.png",
+    "results/cache/scores-*/scores.parquet",
+    "results/runs/*/iter1/unet/*.safetensors",
+    "results/runs/*/iter2/history.parquet",
+    "results/runs/*/stages/opponent1/latents.npy",
+    "results/runs/*/stages/opponent2/pairs.npy",
+    "results/runs/*/images/test/g1/iter2/*.png",
+    "results/runs/*/stages/scores1-test-g1/scores.parquet",
+    "results/runs/*/stages/scores2-test-g1/cost.json",
+]
 
 
 @pytest.mark.parametrize("damage", [flip, empty])
@@ -134,8 +140,14 @@ def test_verify_names_what_was_made_from_what_is_damaged(here):
     flip(here / "iter1" / "unet" / "diffusion_pytorch_model.safetensors")
     found = verify(here, [runs.CACHE, runs.RUNS]).made_from
     names = {path.relative_to(here).as_posix() for path in found[here / "iter1"]}
-    assert names == {"iter2", "stages/opponent2", "images/test/g1/iter1", "images/test/g1/iter2",
-                     "stages/scores1-test-g1", "stages/scores2-test-g1"}
+    assert names == {
+        "iter2",
+        "stages/opponent2",
+        "images/test/g1/iter1",
+        "images/test/g1/iter2",
+        "stages/scores1-test-g1",
+        "stages/scores2-test-g1",
+    }
     (latents,) = runs.CACHE.glob("latents-*/00000")
     flip(latents / "rows.npy")
     everything = verify(runs.CACHE, [runs.CACHE, runs.RUNS]).made_from[latents]
@@ -143,8 +155,10 @@ def test_verify_names_what_was_made_from_what_is_damaged(here):
 
 
 def test_what_was_made_from_what_is_found_at_any_remove_and_nothing_else():
-    markers = {Path(name): {"hash": name, "inputs": {"policy": below}} for name, below in
-               (("a", "base"), ("b", "a"), ("c", "b"), ("other", "base"))}
+    markers = {
+        Path(name): {"hash": name, "inputs": {"policy": below}}
+        for name, below in (("a", "base"), ("b", "a"), ("c", "b"), ("other", "base"))
+    }
     assert made_from(markers[Path("a")], markers) == [Path("b"), Path("c")]
 
 
@@ -190,8 +204,10 @@ def test_what_this_process_wrote_is_looked_at_again_when_it_changed(tmp_path):
 
 def test_an_early_end_of_a_file_is_no_interruption(here, capsys, monkeypatch):
     """click takes EOFError, NumPy's for an empty .npy, for the end of its terminal."""
-    with pytest.raises(BenchError, match=r"x.npy is damaged \(EOFError: .*remove results, and"), \
-            expecting(Path("results/x.npy")):
+    with (
+        pytest.raises(BenchError, match=r"x.npy is damaged \(EOFError: .*remove results, and"),
+        expecting(Path("results/x.npy")),
+    ):
         raise EOFError("No data left in file")
 
     def ends(*arguments):

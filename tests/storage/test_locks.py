@@ -108,11 +108,18 @@ def test_a_file_system_without_locks_is_told_and_work_goes_on(tmp_path, capsys, 
 
 def make(stage: Stage, processes: Processes) -> None:
     """A stage of eight rows, of ones; the joined file is open, and empty, for a while before it is filled."""
+
     def draw(number: int, folder: Path) -> None:
         pieces.write_array(pieces.path(folder, number, ".npy"), np.ones((1, 3), np.float32))
 
-    pieces.divided(stage, processes, "test", BATCHES, lambda: draw,
-                   lambda folder: pieces.join_arrays(folder, "all.npy", (8, 3), BATCHES))
+    pieces.divided(
+        stage,
+        processes,
+        "test",
+        BATCHES,
+        lambda: draw,
+        lambda folder: pieces.join_arrays(folder, "all.npy", (8, 3), BATCHES),
+    )
 
 
 @pytest.fixture

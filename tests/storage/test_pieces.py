@@ -37,8 +37,10 @@ def work(stage: Stage, processes: Processes, stop: int | None = None) -> list[in
         return make
 
     def join(folder: Path) -> None:
-        np.save(folder / "all.npy", np.concatenate([np.load(pieces.path(folder, number, ".npy"))
-                                                    for number in range(len(BATCHES))]))
+        np.save(
+            folder / "all.npy",
+            np.concatenate([np.load(pieces.path(folder, number, ".npy")) for number in range(len(BATCHES))]),
+        )
 
     pieces.divided(stage, processes, "test", BATCHES, prepare, join, images=10)
     return made

@@ -20,8 +20,10 @@ def test_derive_is_a_pure_32_bit_function(parts):
     assert 0 <= derive(*parts) < 2**32
 
 
-@pytest.mark.parametrize(("one", "other"), [
-    (("\ud800",), ("\ud801",)), ((1, 2), (2, 1)), (("1",), (1,)), (("a", "b"), ("ab",)), ((12,), (1, 2))])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("\ud800",), ("\ud801",)), ((1, 2), (2, 1)), (("1",), (1,)), (("a", "b"), ("ab",)), ((12,), (1, 2))],
+)
 def test_derive_tells_parts_apart(one, other):
     assert derive(*one) != derive(*other)
 

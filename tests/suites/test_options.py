@@ -46,14 +46,17 @@ def test_an_option_has_name_type_default_and_the_first_sentence_about_it():
     weighting = "constant | min_snr | h_squared"
     assert [option.record() for option in options.options(DiffusionKTO).values()] == [
         {"name": "beta", "type": "float", "meaning": "how fast a gain becomes certain"},
-        {"name": "desirable_weight", "type": "float", "meaning": "of winners against losers", "default": 1.0}]
+        {"name": "desirable_weight", "type": "float", "meaning": "of winners against losers", "default": 1.0},
+    ]
     assert {name: (one.type, one.default) for name, one in options.options(SPIN).items()} == {
-        "beta": ("float", options.REQUIRED), "weighting": (weighting, "constant")}
-    assert options.options(SFT)["weighting"].meaning == (
-        "of timesteps, multiplies the loss (methods/weightings.py)")
+        "beta": ("float", options.REQUIRED),
+        "weighting": (weighting, "constant"),
+    }
+    assert options.options(SFT)["weighting"].meaning == ("of timesteps, multiplies the loss (methods/weightings.py)")
     assert [one.meaning for one in options.options(MaPO).values()] == ["", "", ""]
 
     def constructor(self, a: float | None = None, b: list[int] = (), c: Annotated[int, Field(ge=1)] = 1): ...
+
     assert [one.type for one in options.options(taking(constructor)).values()][:2] == ["float | None", "list[int]"]
 
 
@@ -65,8 +68,10 @@ def test_every_option_that_ships_is_explained(method):
 def test_options_stand_in_a_suite_and_in_set_and_the_rest_are_defaults():
     suite = loaded(KTO, "methods.spin.iterations.1.weighting=min_snr")
     assert suite.resolved("diffusion_kto") == [{"beta": 10.0, "desirable_weight": 2.0}]
-    assert suite.resolved("spin", 4)[1:3] == [{"beta": 10000.0, "weighting": "min_snr"},
-                                              {"beta": 3000.0, "weighting": "constant"}]
+    assert suite.resolved("spin", 4)[1:3] == [
+        {"beta": 10000.0, "weighting": "min_snr"},
+        {"beta": 3000.0, "weighting": "constant"},
+    ]
     assert suite.entries("diffusion_kto") == ["diffusion_kto"]
     kto = options.build(DiffusionKTO, suite.schedule("diffusion_kto")[0].options)
     assert (kto.beta, kto.desirable_weight) == (10.0, 2.0)
@@ -74,16 +79,25 @@ def test_options_stand_in_a_suite_and_in_set_and_the_rest_are_defaults():
     assert suite.model_dump()["methods"]["diffusion_kto"]["iterations"][0]["desirable_weight"] == 2
 
 
-@pytest.mark.parametrize(("setting", "said"), [
-    ("iterations.0.betta=3", "unknown setting 'methods.{}.iterations.0.betta' (did you mean 'beta'?); {} takes beta, "),
-    ("iterations.0.warmup=3", "unknown setting 'methods.{}.iterations.0.warmup'; {} takes beta, "),
-    ("iterations.0.stepz=3", "unknown setting 'methods.{}.iterations.0.stepz' (did you mean 'steps'?); {} takes beta"),
-    ("iterations.0.beta=high", "setting 'methods.{}.iterations.0.beta': expected a number, got 'high' (str)"),
-    ("iterations.0.beta='3'", "setting 'methods.{}.iterations.0.beta': expected a number, got '3' (str)"),
-    ("iterations.0.beta=true", "setting 'methods.{}.iterations.0.beta': expected a number, got True (bool)"),
-    ("iterations.0.beta=.nan", "setting 'methods.{}.iterations.0.beta': expected a finite number, got nan"),
-    ("iterations=[{steps: 1, lr: 1.0}]", "setting 'methods.{}.iterations.0.beta' is missing"),
-])
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "iterations.0.betta=3",
+            "unknown setting 'methods.{}.iterations.0.betta' (did you mean 'beta'?); {} takes beta, ",
+        ),
+        ("iterations.0.warmup=3", "unknown setting 'methods.{}.iterations.0.warmup'; {} takes beta, "),
+        (
+            "iterations.0.stepz=3",
+            "unknown setting 'methods.{}.iterations.0.stepz' (did you mean 'steps'?); {} takes beta",
+        ),
+        ("iterations.0.beta=high", "setting 'methods.{}.iterations.0.beta': expected a number, got 'high' (str)"),
+        ("iterations.0.beta='3'", "setting 'methods.{}.iterations.0.beta': expected a number, got '3' (str)"),
+        ("iterations.0.beta=true", "setting 'methods.{}.iterations.0.beta': expected a number, got True (bool)"),
+        ("iterations.0.beta=.nan", "setting 'methods.{}.iterations.0.beta': expected a finite number, got nan"),
+        ("iterations=[{steps: 1, lr: 1.0}]", "setting 'methods.{}.iterations.0.beta' is missing"),
+    ],
+)
 @pytest.mark.parametrize("method", ["spin", "diffusion_kto"])
 def test_a_mistake_is_answered_in_one_line_whichever_method_is_asked_for(method, setting, said):
     """Built in or plugged in, and also while another method is run: SFT's run has the same suite."""
@@ -94,12 +108,14 @@ def test_a_mistake_is_answered_in_one_line_whichever_method_is_asked_for(method,
 def test_a_word_that_is_not_among_the_choices_names_them():
     assert complaint("methods.sft.iterations.0.weighting=minsnr") == (
         "setting 'methods.sft.iterations.0.weighting': expected 'constant', 'min_snr' or 'h_squared', "
-        "got 'minsnr' (str)")
+        "got 'minsnr' (str)"
+    )
 
 
 def test_what_the_constructor_refuses_names_the_iteration():
     assert complaint("methods.spin.iterations.1.beta=-1") == (
-        "methods.spin.iterations.1: beta must be above 0, not -1.0")
+        "methods.spin.iterations.1: beta must be above 0, not -1.0"
+    )
 
 
 def test_a_variants_options_are_those_of_its_method():
@@ -111,7 +127,8 @@ def test_an_entry_of_a_method_that_is_not_installed_waits_for_those_who_have_it(
     suite = loaded("methods.elsewhere={iterations: [{steps: 1, lr: 1.0, anything: 3}]}")
     assert suite.entries("sft") == ["sft"]
     assert suite.model_dump()["methods"]["elsewhere"]["iterations"] == [
-        {"steps": 1, "lr": 1.0, "checkpoints": [], "anything": 3}]
+        {"steps": 1, "lr": 1.0, "checkpoints": [], "anything": 3}
+    ]
     with pytest.raises(UsageError, match="unknown method 'elsewhere'"):
         suite.entries("elsewhere")
 
@@ -122,12 +139,15 @@ def taken(self, lr: float): ...
 def unknown_type(self, beta: NoSuchType): ...  # noqa: F821
 
 
-@pytest.mark.parametrize(("constructor", "said"), [
-    (untyped, "does not say what type 'beta' is: write 'beta: float'"),
-    (keywords, r"takes \*\*rest: .*name every option"),
-    (taken, "cannot have an option 'lr': every iteration has a setting of that name"),
-    (unknown_type, "name 'NoSuchType' is not defined; import what its types need"),
-])
+@pytest.mark.parametrize(
+    ("constructor", "said"),
+    [
+        (untyped, "does not say what type 'beta' is: write 'beta: float'"),
+        (keywords, r"takes \*\*rest: .*name every option"),
+        (taken, "cannot have an option 'lr': every iteration has a setting of that name"),
+        (unknown_type, "name 'NoSuchType' is not defined; import what its types need"),
+    ],
+)
 def test_a_constructor_that_cannot_be_checked_is_named(constructor, said):
     with pytest.raises(BenchError, match=f"the constructor of test_options.Own:? {said}"):
         options.build(taking(constructor), {})
@@ -145,8 +165,7 @@ def test_only_what_differs_from_a_default_decides_a_stage():
     """So results of before an option existed stay good, and `weighting: constant` written out is the same training."""
     assert options.identity(DiffusionDPO, {"beta": 5}) == {"beta": 5.0}
     assert options.identity(DiffusionDPO, {"beta": 5, "weighting": "constant"}) == {"beta": 5.0}
-    assert options.identity(DiffusionDPO, {"beta": 5, "weighting": "min_snr"}) == {
-        "beta": 5.0, "weighting": "min_snr"}
+    assert options.identity(DiffusionDPO, {"beta": 5, "weighting": "min_snr"}) == {"beta": 5.0, "weighting": "min_snr"}
     assert options.identity(SFT, {}) == {}
 
 

@@ -17,6 +17,7 @@ def suite_file(tmp_path):
         path = tmp_path / "own.yaml"
         path.write_text(yaml.safe_dump({**SUITE, "model": {"weights": "mini"}, **changes}))
         return str(path)
+
     return write
 
 
@@ -36,8 +37,8 @@ def test_every_field_of_the_default_is_in_the_file_so_that_it_can_be_explained_t
     written = flat(yaml.safe_load(available()["mini"].read_text()))
     resolved = flat(load_suite("mini").model_dump())
     per_method = {
-        f"methods.{name}.{key}" for name in load_suite("mini").methods for key in ("method", "train", "opponent")} | {
-        key for key in resolved if key.endswith(".checkpoints")}
+        f"methods.{name}.{key}" for name in load_suite("mini").methods for key in ("method", "train", "opponent")
+    } | {key for key in resolved if key.endswith(".checkpoints")}
     assert set(resolved) - set(written) == per_method
 
 
@@ -47,10 +48,16 @@ def test_evaluation_guidance_was_fixed_in_advance():
 
 
 def test_overrides_reach_sections_lists_and_named_entries():
-    suite = load_suite("mini", ["train.batch_size=8", "evaluation.guidance=[2, 7.5]",
-                                "methods.spin.iterations.1.lr=1e-5",
-                                "evaluation.prompt_sets.more.prompts=world:hard",
-                                "metric_options.clip.weights=some/folder"])
+    suite = load_suite(
+        "mini",
+        [
+            "train.batch_size=8",
+            "evaluation.guidance=[2, 7.5]",
+            "methods.spin.iterations.1.lr=1e-5",
+            "evaluation.prompt_sets.more.prompts=world:hard",
+            "metric_options.clip.weights=some/folder",
+        ],
+    )
     assert suite.train.batch_size == 8
     assert suite.evaluation.guidance == [2, 7.5]
     assert suite.methods["spin"].iterations[1].lr == 1e-5
@@ -64,48 +71,54 @@ def test_numbers_without_a_dot_are_numbers(text, value, suite_file):
     assert load_suite(path, [f"metric_options.darkness.x={text}"]).metric_options["darkness"]["x"] == value
 
 
-@pytest.mark.parametrize(("typed", "nearest"), [
-    ("trian.lr", "did you mean 'train'?"),
-    ("trian.lr", "'lr' is set by methods.sft.iterations.0.lr"),
-    ("train.batch_sise", "did you mean 'train.batch_size'?"),
-    ("trian.batch_size", "did you mean 'train.batch_size'?"),
-    ("methods.spn.iterations.0.lr", "did you mean 'methods.spin.iterations.0.lr'?"),
-    ("methods.spin.iterations.9.lr", "is set by"),
-    ("evaluation.prompt_sets.test.limt", "did you mean 'evaluation.prompt_sets.test.limit'?"),
-    ("model.dtype.x", "did you mean 'model.dtype'?"),
-    ("seed", "is set by data.seed"),
-])
+@pytest.mark.parametrize(
+    ("typed", "nearest"),
+    [
+        ("trian.lr", "did you mean 'train'?"),
+        ("trian.lr", "'lr' is set by methods.sft.iterations.0.lr"),
+        ("train.batch_sise", "did you mean 'train.batch_size'?"),
+        ("trian.batch_size", "did you mean 'train.batch_size'?"),
+        ("methods.spn.iterations.0.lr", "did you mean 'methods.spin.iterations.0.lr'?"),
+        ("methods.spin.iterations.9.lr", "is set by"),
+        ("evaluation.prompt_sets.test.limt", "did you mean 'evaluation.prompt_sets.test.limit'?"),
+        ("model.dtype.x", "did you mean 'model.dtype'?"),
+        ("seed", "is set by data.seed"),
+    ],
+)
 def test_unknown_keys_name_the_nearest(typed, nearest):
     text = complaint(f"{typed}=1")
     assert text.startswith(f"unknown setting '{typed}'")
     assert nearest in text
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("train.batch_size=many", "'train.batch_size': expected an integer, got 'many' (str)"),
-    ("train.batch_size=1.5", "'train.batch_size': expected an integer, got 1.5 (float)"),
-    ("train.batch_size='4'", "'train.batch_size': expected an integer, got '4' (str)"),
-    ("train.batch_size=0", "expected a value greater than or equal to 1, got 0"),
-    ("opponent.guidance=high", "'opponent.guidance': expected a number, got 'high'"),
-    ("evaluation.guidance=3", "'evaluation.guidance': expected a list, got 3 (int)"),
-    ("evaluation.guidance=[1, x]", "'evaluation.guidance.1': expected a number"),
-    ("evaluation.protocol=two", "expected 'one', 'mean' or 'best', got 'two'"),
-    ("train=3", "'train': expected a section, got 3"),
-    ("judge=null", "the judge is a metric: write judge last in metrics, or leave it out there, instead of"),
-    ("train.batch_size", "--set takes KEY=VALUE, got 'train.batch_size'"),
-    ("data.seed=-1", "'data.seed': expected a value greater than or equal to 0, got -1"),
-    ("evaluation.seeds=[1, 1]", "'evaluation.seeds': expected distinct values, got [1, 1]"),
-    ("evaluation.guidance=[1.0, 1.0]", "'evaluation.guidance': expected distinct values"),
-    ("evaluation.guidance=[.nan]", "'evaluation.guidance.0': expected a finite number, got nan"),
-    ("evaluation.guidance=[1.0, .inf]", "'evaluation.guidance.1': expected a finite number, got inf"),
-    ("opponent.guidance=.nan", "'opponent.guidance': expected a finite number, got nan"),
-    ("methods.sft.iterations.0.lr=.inf", "'methods.sft.iterations.0.lr': expected a finite number, got inf"),
-    ("evaluation.steps=1001", "'evaluation.steps': expected a value less than or equal to 1000, got 1001"),
-    ("opponent.steps=1001", "'opponent.steps': expected a value less than or equal to 1000, got 1001"),
-    ("evaluation.batch_size=0", "'evaluation.batch_size': expected a value greater than or equal to 1, got 0"),
-    ("=3", "--set takes KEY=VALUE"),
-    ("metrics=[a", "'[a' is not a valid value"),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.batch_size=many", "'train.batch_size': expected an integer, got 'many' (str)"),
+        ("train.batch_size=1.5", "'train.batch_size': expected an integer, got 1.5 (float)"),
+        ("train.batch_size='4'", "'train.batch_size': expected an integer, got '4' (str)"),
+        ("train.batch_size=0", "expected a value greater than or equal to 1, got 0"),
+        ("opponent.guidance=high", "'opponent.guidance': expected a number, got 'high'"),
+        ("evaluation.guidance=3", "'evaluation.guidance': expected a list, got 3 (int)"),
+        ("evaluation.guidance=[1, x]", "'evaluation.guidance.1': expected a number"),
+        ("evaluation.protocol=two", "expected 'one', 'mean' or 'best', got 'two'"),
+        ("train=3", "'train': expected a section, got 3"),
+        ("judge=null", "the judge is a metric: write judge last in metrics, or leave it out there, instead of"),
+        ("train.batch_size", "--set takes KEY=VALUE, got 'train.batch_size'"),
+        ("data.seed=-1", "'data.seed': expected a value greater than or equal to 0, got -1"),
+        ("evaluation.seeds=[1, 1]", "'evaluation.seeds': expected distinct values, got [1, 1]"),
+        ("evaluation.guidance=[1.0, 1.0]", "'evaluation.guidance': expected distinct values"),
+        ("evaluation.guidance=[.nan]", "'evaluation.guidance.0': expected a finite number, got nan"),
+        ("evaluation.guidance=[1.0, .inf]", "'evaluation.guidance.1': expected a finite number, got inf"),
+        ("opponent.guidance=.nan", "'opponent.guidance': expected a finite number, got nan"),
+        ("methods.sft.iterations.0.lr=.inf", "'methods.sft.iterations.0.lr': expected a finite number, got inf"),
+        ("evaluation.steps=1001", "'evaluation.steps': expected a value less than or equal to 1000, got 1001"),
+        ("opponent.steps=1001", "'opponent.steps': expected a value less than or equal to 1000, got 1001"),
+        ("evaluation.batch_size=0", "'evaluation.batch_size': expected a value greater than or equal to 1, got 0"),
+        ("=3", "--set takes KEY=VALUE"),
+        ("metrics=[a", "'[a' is not a valid value"),
+    ],
+)
 def test_ill_typed_values_name_key_expectation_and_value(override, said):
     assert said in complaint(override)
 
@@ -146,10 +159,13 @@ def test_a_checkpoint_lies_inside_its_iteration_and_they_ascend():
     assert suite.schedule("sft")[0].checkpoints == [1, 299]
     for wrong in ("[0, 100]", "[100, 300]", "[200, 100]", "[100, 100]", "[-1]"):
         text = complaint(f"methods.sft.iterations.0.checkpoints={wrong}")
-        assert text.startswith("setting 'methods.sft.iterations.0.checkpoints': expected ascending steps of the "
-                               f"iteration, from 1 and below its 300, got {wrong}")
-    assert "below its 100, got [1, 299]" in complaint("methods.sft.iterations.0={steps: 100, lr: 1e-3, "
-                                                      "checkpoints: [1, 299]}")
+        assert text.startswith(
+            "setting 'methods.sft.iterations.0.checkpoints': expected ascending steps of the "
+            f"iteration, from 1 and below its 300, got {wrong}"
+        )
+    assert "below its 100, got [1, 299]" in complaint(
+        "methods.sft.iterations.0={steps: 100, lr: 1e-3, checkpoints: [1, 299]}"
+    )
 
 
 def test_the_measured_suite_reads_one_training_off_where_pairs_and_flops_are_equal():
@@ -173,10 +189,18 @@ def test_the_paper_scale_suite_holds_the_papers_protocol_and_hyperparameters():
     """Appendix A.1 of SPIN-Diffusion; sd15-released has what its model cards say instead."""
     paper, released = load_suite("sd15"), load_suite("sd15-released")
     evaluation = paper.evaluation
-    assert (evaluation.guidance, evaluation.steps, evaluation.seeds[0], len(evaluation.seeds), evaluation.protocol) \
-        == ([7.5], 50, 5775709, 5, "best")
+    assert (evaluation.guidance, evaluation.steps, evaluation.seeds[0], len(evaluation.seeds), evaluation.protocol) == (
+        [7.5],
+        50,
+        5775709,
+        5,
+        "best",
+    )
     assert [(s.steps, s.lr, s.beta) for s in paper.schedule("spin")] == [
-        (50, 2e-5, 2000), (500, 2e-5, 5000), (200, 5e-8, 5000)]
+        (50, 2e-5, 2000),
+        (500, 2e-5, 5000),
+        (200, 5e-8, 5000),
+    ]
     assert [(s.steps, s.lr) for s in released.schedule("spin")] == [(500, 2e-5)] * 3
     sft, spin = paper.training("sft"), paper.training("spin")
     assert (sft.batch_size, sft.warmup_steps, spin.batch_size, spin.warmup_steps) == (512, 500, 2048, 200)
@@ -206,7 +230,8 @@ def test_a_method_changes_the_train_section_for_itself_and_no_more():
     assert "did you mean 'methods.sft.train.batch_size'?" in text
     assert "'methods.sft.train.batch_size': expected a value greater" in complaint("methods.sft.train.batch_size=0")
     assert complaint("methods.sft.train.precision=bf16") == (
-        "methods.sft.train.precision: all methods of a suite train in one precision, train.precision")
+        "methods.sft.train.precision: all methods of a suite train in one precision, train.precision"
+    )
     assert load_suite("mini", ["methods.sft.train.precision=bf16", "train.precision=bf16"])
 
 
@@ -230,9 +255,14 @@ def test_a_suite_that_still_has_a_judge_is_told_what_to_write(tmp_path):
         load_suite(str(path))
 
 
-@pytest.mark.parametrize(("judge", "metrics", "options"), [
-    ("mini", ["clip", "judge"], {"clip": {"batch_size": 2}}), (None, ["clip"], {"clip": {"batch_size": 2}}),
-    ("my/judge", ["clip", "judge"], {"clip": {"batch_size": 2}, "judge": {"weights": "my/judge"}})])
+@pytest.mark.parametrize(
+    ("judge", "metrics", "options"),
+    [
+        ("mini", ["clip", "judge"], {"clip": {"batch_size": 2}}),
+        (None, ["clip"], {"clip": {"batch_size": 2}}),
+        ("my/judge", ["clip", "judge"], {"clip": {"batch_size": 2}, "judge": {"weights": "my/judge"}}),
+    ],
+)
 def test_a_stored_run_of_before_has_its_judge_among_the_metrics(judge, metrics, options):
     settings = load_suite("mini").model_dump()
     settings |= {"metrics": ["clip"], "metric_options": {"clip": {"batch_size": 2}}, "judge": judge}

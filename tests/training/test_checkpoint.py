@@ -68,9 +68,19 @@ def go(base, accelerator, checkpoints=None, method=None, data=None, results=(), 
     """Train a copy of `base`; return its weights and the history without rates. `kept` is given the results inside."""
     policy = copy.deepcopy(base)
     settings = replace(SETTINGS, **{"steps": 7, "log_every": 3, "batch_size": 3, "micro_batch": 2, **changes})
-    history = train(policy, copy.deepcopy(base), method or DiffusionDPO(500.0), data or make_data(), settings,
-                    SCHEDULER, 0, accelerator, checkpoints=checkpoints, results=results,
-                    keep=lambda step, seconds: kept.update({step: (copy.deepcopy(policy.state_dict()), seconds)}))
+    history = train(
+        policy,
+        copy.deepcopy(base),
+        method or DiffusionDPO(500.0),
+        data or make_data(),
+        settings,
+        SCHEDULER,
+        0,
+        accelerator,
+        checkpoints=checkpoints,
+        results=results,
+        keep=lambda step, seconds: kept.update({step: (copy.deepcopy(policy.state_dict()), seconds)}),
+    )
     return policy.state_dict(), pd.DataFrame(history).drop(columns=RATES)
 
 
@@ -79,8 +89,10 @@ def assert_same(one, other):
     pd.testing.assert_frame_equal(one[1], other[1], check_exact=True)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"ema": 0.9, "lr_schedule": "linear", "warmup_steps": 3, "first_step": 100}, {"optimizer": "adamw8bit"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema": 0.9, "lr_schedule": "linear", "warmup_steps": 3, "first_step": 100}, {"optimizer": "adamw8bit"}],
+)
 def test_stopped_twice_and_resumed_equals_undisturbed(base, accelerator, tmp_path, dies, changes):
     """Log intervals of 3 straddle checkpoints every 2: sums of a begun interval are part of the state."""
     undisturbed = go(base, accelerator, **changes)
@@ -211,8 +223,9 @@ def test_a_training_stopped_between_a_result_and_a_state_makes_both_again_to_the
     assert third[4][1] > checkpoints.seconds() / 2  # the time of the stopped ones is part of it
 
 
-def test_a_result_comes_before_the_state_of_its_step_so_that_no_resumed_training_passes_it_by(base, accelerator,
-                                                                                              tmp_path):
+def test_a_result_comes_before_the_state_of_its_step_so_that_no_resumed_training_passes_it_by(
+    base, accelerator, tmp_path
+):
     class Full(dict):
         def update(self, _):
             raise Killed
@@ -241,8 +254,13 @@ def workplace(tiny_pipeline_folder, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-OPTIONS = ["train.checkpoint_every=2", "train.log_every=3", "evaluation.prompt_sets.test.limit=1",
-           "evaluation.guidance=[1.0]", "methods.spin.iterations.0.steps=5"]
+OPTIONS = [
+    "train.checkpoint_every=2",
+    "train.log_every=3",
+    "evaluation.prompt_sets.test.limit=1",
+    "evaluation.guidance=[1.0]",
+    "methods.spin.iterations.0.steps=5",
+]
 
 
 def test_killed_in_the_middle_of_training_and_resumed_the_run_is_the_same(workplace):
@@ -250,8 +268,9 @@ def test_killed_in_the_middle_of_training_and_resumed_the_run_is_the_same(workpl
     line = ["run", "--suite", "tiny.yaml", "--method", "spin", "--iters", "2"]
     options = [part for option in OPTIONS for part in ("--set", option)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TINY_BENCH_DIES_AT_STEP": "9"}
-    killed = subprocess.run([sys.executable, tiny_bench.__file__, *line, *options], capture_output=True,
-                            env=environment, text=True)
+    killed = subprocess.run(
+        [sys.executable, tiny_bench.__file__, *line, *options], capture_output=True, env=environment, text=True
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (run,) = map(runs.load, runs.ids())
     kept = run.folder / "stages" / "training2" / "step2"
@@ -266,8 +285,11 @@ def test_killed_in_the_middle_of_training_and_resumed_the_run_is_the_same(workpl
     for iteration in ("iter1", "iter2"):
         killed, undisturbed = (load_unet(one.folder / iteration / "unet").state_dict() for one in (run, whole))
         assert all(torch.equal(killed[name], undisturbed[name]) for name in undisturbed)
-    tables = [pd.read_parquet(one.folder / name).drop(columns=columns) for name, columns in
-              (("history.parquet", RATES), ("scores.parquet", ["run"])) for one in (run, whole)]
+    tables = [
+        pd.read_parquet(one.folder / name).drop(columns=columns)
+        for name, columns in (("history.parquet", RATES), ("scores.parquet", ["run"]))
+        for one in (run, whole)
+    ]
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
     pd.testing.assert_frame_equal(tables[2], tables[3], check_exact=True)
 

@@ -37,8 +37,11 @@ def test_the_drift_is_shown_by_timestep_in_columns_the_report_reads(accelerator)
     row = logged.read(7, lr=0.1)
     assert (row["step"], row["lr"], row["winner_drift"]) == (7, 0.1, pytest.approx(3.25 / 3))
     assert ranges(row, "winner_drift") == {
-        "winner_drift_t0_249": (0, 249), "winner_drift_t250_499": (250, 499),
-        "winner_drift_t500_749": (500, 749), "winner_drift_t750_999": (750, 999)}
+        "winner_drift_t0_249": (0, 249),
+        "winner_drift_t250_499": (250, 499),
+        "winner_drift_t500_749": (500, 749),
+        "winner_drift_t750_999": (750, 999),
+    }
     assert (row["winner_drift_t0_249"], row["winner_drift_t750_999"]) == (0.125, 3.0)
     assert all(math.isnan(row[name]) for name in ("winner_drift_t250_499", "winner_drift_t500_749"))
 
@@ -71,8 +74,17 @@ def test_rates_count_pairs_and_images_and_mfu_what_the_card_could_do(accelerator
     torch.manual_seed(0)
     base = make_unet()
     reference = copy.deepcopy(base) if method.needs_reference else None
-    row = train(base, reference, method, make_data(), replace(SETTINGS, steps=2), SCHEDULER, 0, accelerator,
-                flops_per_sample=1e6)[0]
+    row = train(
+        base,
+        reference,
+        method,
+        make_data(),
+        replace(SETTINGS, steps=2),
+        SCHEDULER,
+        0,
+        accelerator,
+        flops_per_sample=1e6,
+    )[0]
     assert row["images_per_s"] == images * row["pairs_per_s"] > 0
     assert row["mfu"] == pytest.approx(row["pairs_per_s"] * 1e6 / 4e9)
     assert math.isnan(row["peak_memory_gib"])
@@ -103,8 +115,17 @@ class Waits(TorchDispatchMode):
 def test_a_step_reads_nothing_back(accelerator, changes):
     torch.manual_seed(0)
     base = make_unet()
-    loop = Loop(base, copy.deepcopy(base), DiffusionDPO(500.0), make_data(), replace(SETTINGS, **changes), SCHEDULER,
-                0, accelerator, None)
+    loop = Loop(
+        base,
+        copy.deepcopy(base),
+        DiffusionDPO(500.0),
+        make_data(),
+        replace(SETTINGS, **changes),
+        SCHEDULER,
+        0,
+        accelerator,
+        None,
+    )
     with Waits() as waits:
         loop.step(0)
         loop.step(1)
@@ -114,11 +135,14 @@ def test_a_step_reads_nothing_back(accelerator, changes):
     assert 0 < loop.history[0]["loss"] < 1
 
 
-@pytest.mark.parametrize(("row", "said"), [
-    ({"loss": 1e-5, "implicit_accuracy": 1.0}, "nothing more is learned"),
-    ({"loss": 8.0, "implicit_accuracy": 0.1}, "loss is above 6.9"),
-    ({"winner_error": 2.5}, "answers with noise"),
-])
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"loss": 1e-5, "implicit_accuracy": 1.0}, "nothing more is learned"),
+        ({"loss": 8.0, "implicit_accuracy": 0.1}, "loss is above 6.9"),
+        ({"winner_error": 2.5}, "answers with noise"),
+    ],
+)
 def test_a_collapse_stops_only_when_it_lasts(row, said):
     def see(watch: Watch, *rows: dict) -> None:
         for number, changes in enumerate(rows):
@@ -135,12 +159,15 @@ def test_a_collapse_stops_only_when_it_lasts(row, said):
     assert watch.calm
 
 
-@pytest.mark.parametrize("row", [
-    {"loss": 0.0, "implicit_accuracy": 0.99},  # not every pair
-    {"loss": 0.01, "implicit_accuracy": 1.0},  # every pair, but the loss still has a gradient
-    {"loss": 5.0, "implicit_accuracy": 0.4},  # bad, and within what a high beta shows in passing
-    {"winner_error": 1.5},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"loss": 0.0, "implicit_accuracy": 0.99},  # not every pair
+        {"loss": 0.01, "implicit_accuracy": 1.0},  # every pair, but the loss still has a gradient
+        {"loss": 5.0, "implicit_accuracy": 0.4},  # bad, and within what a high beta shows in passing
+        {"winner_error": 1.5},
+    ],
+)
 def test_what_is_merely_bad_is_let_alone(row):
     watch = Watch(SPIN)
     for _ in range(20):

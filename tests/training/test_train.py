@@ -96,8 +96,16 @@ def test_an_untrained_policy_has_loss_log_2_exactly(base, data, make_accelerator
     half = precision == "fp16"
     accelerator = make_accelerator("no" if precision in ("fp32", "fp16") else precision)
     with torch.autocast("cpu", torch.float16, enabled=half), recorded_outputs() as seen:
-        _, history = run(base, method, data, accelerator, steps=1, batch_size=7, micro_batch=3,
-                         precision="fp32" if half else precision)
+        _, history = run(
+            base,
+            method,
+            data,
+            accelerator,
+            steps=1,
+            batch_size=7,
+            micro_batch=3,
+            precision="fp32" if half else precision,
+        )
     row = history[0]
     assert row["loss"] == LOG_2
     assert (row["implicit_accuracy"], row["winner_drift"], row["loser_drift"]) == (0.5, 0, 0)
@@ -162,8 +170,18 @@ def test_the_gradient_is_that_of_the_mean_loss_over_the_batch(base, data, accele
     _, history = run(base, SFT(), data, accelerator, steps=1)
     twin, alpha_bar = copy.deepcopy(base), SCHEDULER.alphas_cumprod
     samples = sample_order(0, 0, SETTINGS.batch_size, len(data))
-    batch = next(micro_batches(data, samples, paired=False, seed=0, step=0, micro_batch=len(samples),
-                               alpha_bar=alpha_bar, prompt_dropout=SETTINGS.prompt_dropout))
+    batch = next(
+        micro_batches(
+            data,
+            samples,
+            paired=False,
+            seed=0,
+            step=0,
+            micro_batch=len(samples),
+            alpha_bar=alpha_bar,
+            prompt_dropout=SETTINGS.prompt_dropout,
+        )
+    )
     prediction = twin(batch.noisy, batch.timesteps, encoder_hidden_states=batch.context).sample
     loss = (batch.noise - prediction).square().mean()
     loss.backward()
@@ -232,11 +250,17 @@ def test_two_processes_equal_one(base, data, accelerator, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     tests = Path(__file__).parents[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                   "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path])}
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), *sys.path]),
+    }
     command = [sys.executable, str(tests / "train_tiny.py"), str(tmp_path)]
-    processes = [subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank})
-                 for rank in ("0", "1")]
+    processes = [
+        subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+    ]
     try:
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
     finally:
@@ -303,8 +327,18 @@ def test_v_prediction_is_turned_into_noise():
 
 def test_noising_equals_the_diffusers_scheduler(data):
     samples = np.array([2, 0])
-    batch = next(micro_batches(data, samples, paired=True, seed=3, step=4, micro_batch=2, prompt_dropout=0.0,
-                               alpha_bar=SCHEDULER.alphas_cumprod))
+    batch = next(
+        micro_batches(
+            data,
+            samples,
+            paired=True,
+            seed=3,
+            step=4,
+            micro_batch=2,
+            prompt_dropout=0.0,
+            alpha_bar=SCHEDULER.alphas_cumprod,
+        )
+    )
     latents = torch.from_numpy(np.concatenate([data.winners[samples], data.losers[samples]]))
     torch.testing.assert_close(batch.noisy, SCHEDULER.add_noise(latents, batch.noise, batch.timesteps))
     torch.testing.assert_close(batch.context, data.prompts.lookup(samples).repeat(2, 1, 1))
@@ -321,7 +355,7 @@ def test_the_order_is_shuffled_epochs_and_can_be_entered_anywhere(seed, size, st
     order = sample_order(seed, 0, start + count, size)
     assert np.array_equal(sample_order(seed, start, count, size), order[start:])
     for epoch in range(len(order) // size):
-        assert sorted(order[epoch * size:(epoch + 1) * size]) == list(range(size))
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40), st.permutations(range(6)), st.integers(1, 6))
@@ -367,7 +401,7 @@ def test_training_on_stored_rows_equals_training_on_arrays(base, data, accelerat
     import bench.storage.shards as shards
 
     def rows(array: np.ndarray) -> shards.Rows:
-        return shards.Rows([array[start:start + shards.SHARD] for start in range(0, len(array), shards.SHARD)])
+        return shards.Rows([array[start : start + shards.SHARD] for start in range(0, len(array), shards.SHARD)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD", 3)

@@ -40,6 +40,7 @@ def base() -> UNet2DConditionModel:
 @pytest.fixture
 def go(base, accelerator):
     """Train a copy of `base` with SFT, or the method given; return it and the history."""
+
     def run(method=None, **changes):
         policy, method = copy.deepcopy(base), method or SFT()
         reference = copy.deepcopy(base) if method.needs_reference else None
@@ -60,8 +61,10 @@ def test_ema_makes_the_moving_average_the_result_and_leaves_the_training_alone(b
     monkeypatch.setattr(Loop, "step", lambda self, number: (step(self, number), seen.append(weights(self.policy))))
     averaged, history = go(ema=0.2)
     _, plain = go()
-    average = sum(share * weight.double() for share, weight in
-                  zip((0.008, 0.032, 0.16, 0.8), (weights(base), *seen[:3]), strict=True))
+    average = sum(
+        share * weight.double()
+        for share, weight in zip((0.008, 0.032, 0.16, 0.8), (weights(base), *seen[:3]), strict=True)
+    )
     torch.testing.assert_close(weights(averaged).double(), average, rtol=1e-6, atol=1e-7)
     assert not torch.equal(weights(averaged), seen[2])
     assert torch.equal(seen[2], seen[5])
@@ -82,8 +85,11 @@ def test_a_decay_of_0_999_moves_two_per_cent_of_the_way_in_20_steps():
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_no_bit(go, monkeypatch):
     calls = []
     forward = CrossAttnDownBlock2D.forward
-    monkeypatch.setattr(CrossAttnDownBlock2D, "forward",
-                        lambda self, *a, **k: calls.append(self.gradient_checkpointing) or forward(self, *a, **k))
+    monkeypatch.setattr(
+        CrossAttnDownBlock2D,
+        "forward",
+        lambda self, *a, **k: calls.append(self.gradient_checkpointing) or forward(self, *a, **k),
+    )
     plain, first = go(DiffusionDPO(500.0))
     assert not any(calls)
     recomputed, second = go(DiffusionDPO(500.0), gradient_checkpointing=True)
@@ -165,8 +171,10 @@ def test_8_bit_adamw_has_the_settings_of_adamw_and_nearly_its_steps(base, go, mo
 
     made, real = [], optim.AdamW8bit
     monkeypatch.setattr(optim, "AdamW8bit", lambda *a, **k: made.append(real(*a, **k)) or made[-1])
-    moved = [weights(go(optimizer=name, weight_decay=0.5, adam_beta2=0.9)[0]) - weights(base)
-             for name in ("adamw", "adamw8bit")]
+    moved = [
+        weights(go(optimizer=name, weight_decay=0.5, adam_beta2=0.9)[0]) - weights(base)
+        for name in ("adamw", "adamw8bit")
+    ]
     group = made[0].param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (SMALL.lr, (0.9, 0.9), 0.5)
     kept = {state["state1"].dtype for state in made[0].state.values()}
@@ -174,18 +182,29 @@ def test_8_bit_adamw_has_the_settings_of_adamw_and_nearly_its_steps(base, go, mo
     assert not torch.equal(*moved) and (moved[0] - moved[1]).norm() < 0.05 * moved[0].norm()
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    (["train.optimizer=adamw8bit"], "train.optimizer=adamw8bit needs bitsandbytes, which is not installed: "
-                                    "pip install 'diffusion-align-bench[bitsandbytes]'"),
-    (["train.lora_rank=4"], "train.lora_rank=4 needs peft, which is not installed: "
-                            "pip install 'diffusion-align-bench[peft]'"),
-    (["methods.sft.train.lora_rank=4"], "train.lora_rank=4 needs peft, which is not installed: "
-                                        "pip install 'diffusion-align-bench[peft]'"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["train.optimizer=adamw8bit"],
+            "train.optimizer=adamw8bit needs bitsandbytes, which is not installed: "
+            "pip install 'diffusion-align-bench[bitsandbytes]'",
+        ),
+        (
+            ["train.lora_rank=4"],
+            "train.lora_rank=4 needs peft, which is not installed: pip install 'diffusion-align-bench[peft]'",
+        ),
+        (
+            ["methods.sft.train.lora_rank=4"],
+            "train.lora_rank=4 needs peft, which is not installed: pip install 'diffusion-align-bench[peft]'",
+        ),
+    ],
+)
 def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch, options, said):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr("bench.training.recipe.find_spec",
-                        lambda name: None if name in ("bitsandbytes", "peft") else find_spec(name))
+    monkeypatch.setattr(
+        "bench.training.recipe.find_spec", lambda name: None if name in ("bitsandbytes", "peft") else find_spec(name)
+    )
     monkeypatch.setattr("bench.models.load_pipeline", None)
     with pytest.raises(UsageError) as caught:
         Shared(load_suite("mini", options), ["sft"])
@@ -217,8 +236,9 @@ def test_on_a_gpu_the_first_loss_is_log_2_and_memory_is_measured(base, precision
         accelerator = make_accelerator(precision)
         policy = copy.deepcopy(base)
         settings = replace(SMALL, precision=precision, log_every=1)
-        history = train(policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0,
-                        accelerator)
+        history = train(
+            policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0, accelerator
+        )
         assert accelerator.device.type == "cuda" and (accelerator.scaler is not None) == (precision == "fp16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -231,16 +251,35 @@ def test_what_changes_numbers_is_in_the_hash_and_nothing_else():
     for neutral in ({"checkpoint_every": 3}, {"gradient_checkpointing": True}, {"stop_on_collapse": False}):
         assert replace(SMALL, **neutral).identity() == plain
     assert replace(SMALL, ema=0.9).identity() == {**plain, "ema": 0.9, "ema_ramp": False}  # it had one once
-    for other in ({"precision": "bf16"}, {"lora_rank": 4}, {"optimizer": "adamw8bit"}, {"compile": True},
-                  {"lr_schedule": "linear"}, {"schedule_steps": 5}, {"lr": 0.5}, {"log_every": 7}):
+    for other in (
+        {"precision": "bf16"},
+        {"lora_rank": 4},
+        {"optimizer": "adamw8bit"},
+        {"compile": True},
+        {"lr_schedule": "linear"},
+        {"schedule_steps": 5},
+        {"lr": 0.5},
+        {"log_every": 7},
+    ):
         assert replace(SMALL, **other).identity() == {**plain, **other}
 
 
 def test_an_option_left_alone_keeps_results_of_before_it_existed():
     """The settings as they were hashed when there were no options."""
     assert set(SMALL.identity()) == {
-        "steps", "lr", "batch_size", "micro_batch", "weight_decay", "adam_beta1", "adam_beta2", "warmup_steps",
-        "max_grad_norm", "prompt_dropout", "log_every", "first_step"}
+        "steps",
+        "lr",
+        "batch_size",
+        "micro_batch",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "warmup_steps",
+        "max_grad_norm",
+        "prompt_dropout",
+        "log_every",
+        "first_step",
+    }
 
 
 class TestLora:
@@ -256,8 +295,17 @@ class TestLora:
             policy = copy.deepcopy(base)
             adapters.attach(policy, 4, 0)
             settings = replace(SMALL, lora_rank=4, lr=1e-2, **changes)
-            history = train(policy, policy, method or DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0,
-                            accelerator, checkpoints=checkpoints)
+            history = train(
+                policy,
+                policy,
+                method or DiffusionDPO(5000.0),
+                make_data(),
+                settings,
+                SCHEDULER,
+                0,
+                accelerator,
+                checkpoints=checkpoints,
+            )
             return policy, history
 
         return run
@@ -270,8 +318,9 @@ class TestLora:
         policy = copy.deepcopy(base)
         adapters.attach(policy, 4, 0)
         settings = replace(SMALL, lora_rank=4, lr=1e-2, log_every=1)
-        copied = train(policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0,
-                       accelerator)
+        copied = train(
+            policy, copy.deepcopy(base), DiffusionDPO(5000.0), make_data(), settings, SCHEDULER, 0, accelerator
+        )
         for name in ("loss", "winner_drift", "grad_norm"):
             assert [row[name] for row in history] == [row[name] for row in copied]
 
@@ -307,8 +356,9 @@ class TestLora:
         assert torch.equal(weights(resumed), weights(undisturbed))
         assert history[0]["loss"] == expected[0]["loss"]
 
-    def test_self_play_merges_each_iteration_and_starts_a_new_adapter(self, tiny_pipeline_folder, tmp_path,
-                                                                        monkeypatch):
+    def test_self_play_merges_each_iteration_and_starts_a_new_adapter(
+        self, tiny_pipeline_folder, tmp_path, monkeypatch
+    ):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
         tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
@@ -317,14 +367,17 @@ class TestLora:
         experiment, before = Experiment(run, shared), shared.base
         loaded = []
         load = load_unet
-        monkeypatch.setattr("bench.experiment.models.load_unet",
-                            lambda folder, *dtype: loaded.append(dtype) or load(folder, *dtype))
+        monkeypatch.setattr(
+            "bench.experiment.models.load_unet", lambda folder, *dtype: loaded.append(dtype) or load(folder, *dtype)
+        )
         for iteration in (1, 2):
             loaded.clear()
             result = experiment.iterate(iteration, before, lambda *scalar: None)
             assert loaded.count(()) == 1  # the policy; the other one, with a dtype, sampled the opponent
-            start, end = load_unet(before.folder), UNet2DConditionModel.from_pretrained(
-                run.folder / f"iter{iteration}", subfolder="unet")
+            start, end = (
+                load_unet(before.folder),
+                UNet2DConditionModel.from_pretrained(run.folder / f"iter{iteration}", subfolder="unet"),
+            )
             twin = copy.deepcopy(start)
             adapters.attach(twin, 2, "any")
             adapters.load(twin, run.folder / f"iter{iteration}" / "lora")
@@ -334,15 +387,19 @@ class TestLora:
         history = pd.read_parquet(run.folder / "history.parquet")
         assert history["loss"][[0, 2]].tolist() == [torch.tensor(2.0).log().item()] * 2
 
-    def test_a_result_inside_is_merged_too_and_the_adapter_is_trained_on(self, tiny_pipeline_folder, tmp_path,
-                                                                          monkeypatch):
+    def test_a_result_inside_is_merged_too_and_the_adapter_is_trained_on(
+        self, tiny_pipeline_folder, tmp_path, monkeypatch
+    ):
         """The same as that of a training that ends there, and the same end as without."""
         monkeypatch.chdir(tmp_path)
         monkeypatch.setitem(registry.BUILT_IN["metrics"], "darkness", tiny_bench.DARKNESS)
         tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
         found = {}
-        for name, settings in (("inside", "{steps: 2, lr: 1e-2, checkpoints: [1]}"), ("long", "{steps: 2, lr: 1e-2}"),
-                               ("short", "{steps: 1, lr: 1e-2}")):
+        for name, settings in (
+            ("inside", "{steps: 2, lr: 1e-2, checkpoints: [1]}"),
+            ("long", "{steps: 2, lr: 1e-2}"),
+            ("short", "{steps: 1, lr: 1e-2}"),
+        ):
             shared = Shared(load_suite("tiny.yaml", ["train.lora_rank=2", f"methods.sft.iterations=[{settings}]"]))
             run = runs.create("sft", shared.suite, 0, 1)
             Experiment(run, shared).iterate(1, shared.base, lambda *scalar: None)

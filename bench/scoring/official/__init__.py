@@ -34,8 +34,14 @@ def require(names: Sequence[str], python: str | None) -> None:
     _refuse_missing(found["missing"], python)
 
 
-def compare(images: Path, table: pd.DataFrame, names: Sequence[str], options: Mapping[str, Mapping[str, Any]],
-            device: str, python: str | None) -> dict[str, Any]:
+def compare(
+    images: Path,
+    table: pd.DataFrame,
+    names: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]],
+    device: str,
+    python: str | None,
+) -> dict[str, Any]:
     """Score the rows of `table` that have no problem with the official packages, and compare.
 
     Adds a column `<metric>_official` to the table. Returns versions and, by metric, the largest absolute and
@@ -52,7 +58,8 @@ def compare(images: Path, table: pd.DataFrame, names: Sequence[str], options: Ma
     for name in names:
         table[f"{name}_official"] = pd.Series(found["scores"][name], usable, np.float64)
         differences[name] = difference(table, name) | {
-            "refused": {table.at[usable[int(row)], "file_name"]: why for row, why in found["problems"][name].items()}}
+            "refused": {table.at[usable[int(row)], "file_name"]: why for row, why in found["problems"][name].items()}
+        }
     return {"versions": found["versions"], "differences": differences}
 
 
@@ -62,8 +69,10 @@ def checkpoint(name: str, weights: str) -> dict[str, str]:
     from bench.metrics.base import find_weights
 
     if weights == "mini":
-        raise UsageError("--backend official: the packages know their own sizes only, not the miniatures; "
-                         f"use --weights official, or --set {name}.weights=FILE")
+        raise UsageError(
+            "--backend official: the packages know their own sizes only, not the miniatures; "
+            f"use --weights official, or --set {name}.weights=FILE"
+        )
     published = registry.metric(name).published
     path = Path(find_weights(weights, "", published))
     path = path / published.file if path.is_dir() else path
@@ -81,17 +90,24 @@ def difference(table: pd.DataFrame, name: str) -> dict[str, Any]:
         return {"images": 0}
     gap = (both[name] - both[f"{name}_official"]).abs()
     relative = gap / both[f"{name}_official"].abs()
-    return {"images": len(both), "largest_absolute": float(gap.max()), "largest_relative": float(relative.max()),
-            "image": str(table.at[gap.idxmax(), "file_name"])}
+    return {
+        "images": len(both),
+        "largest_absolute": float(gap.max()),
+        "largest_relative": float(relative.max()),
+        "image": str(table.at[gap.idxmax(), "file_name"]),
+    }
 
 
 def summary(found: Mapping[str, Any]) -> str:
     """The largest differences, and what the official packages refused."""
     lines = ["official packages: " + ", ".join(f"{name} {number}" for name, number in found["versions"].items())]
     for name, one in found["differences"].items():
-        lines.append(f"  {name:<18} no image scored by both" if not one["images"] else
-                     f"  {name:<18} largest difference {one['largest_absolute']:.3g} absolute ({one['image']}), "
-                     f"{one['largest_relative']:.3g} relative, {one['images']} images")
+        lines.append(
+            f"  {name:<18} no image scored by both"
+            if not one["images"]
+            else f"  {name:<18} largest difference {one['largest_absolute']:.3g} absolute ({one['image']}), "
+            f"{one['largest_relative']:.3g} relative, {one['images']} images"
+        )
         lines += [f"  {image}: refused by the official {name}: {why}" for image, why in one["refused"].items()]
     return "\n".join(lines)
 
@@ -108,8 +124,14 @@ def _run(job: dict[str, Any], python: str | None, rows: int) -> dict[str, Any]:
             _lend_vocabulary(Path(job["metrics"]["imagereward"]["checkpoint"]).parent, folder)
         with (folder / "errors").open("w+", encoding="utf-8", errors="replace") as errors:
             try:
-                process = subprocess.Popen([interpreter, str(DRIVER), "job.json", "result.json"], cwd=folder,
-                                           env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+                process = subprocess.Popen(
+                    [interpreter, str(DRIVER), "job.json", "result.json"],
+                    cwd=folder,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
             except OSError as error:
                 raise UsageError(f"--official-python {python}: {error.strerror}") from error
             with process:
@@ -144,4 +166,5 @@ def _refuse_missing(missing: Mapping[str, str], python: str | None) -> None:
     raise BenchError(
         f"the official package of {', '.join(missing)} does not run in {python or sys.executable} ({name}: {why}); its "
         f"pins conflict with this project's, so give it an environment of its own: `python3.11 -m venv official && "
-        f"official/bin/pip install -r {REQUIREMENTS}`, then --official-python official/bin/python")
+        f"official/bin/pip install -r {REQUIREMENTS}`, then --official-python official/bin/python"
+    )
