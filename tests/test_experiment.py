@@ -13,7 +13,7 @@ import pytest
 import tiny_bench
 import yaml
 from safetensors.torch import load_file
-from tiny_bench import SPIN, bench, history_of, run_of, scores_of, start, unets_of
+from tiny_bench import SPIN, bench, history_of, run_of, scores_of, start, trained, unets_of
 
 from bench import experiment
 from bench.commands.export import export_run
@@ -23,9 +23,11 @@ from bench.experiment import Experiment
 from bench.methods.signals import EVERY_TRAINING, Signal
 from bench.methods.spin import SPIN as SPIN_CLASS
 from bench.reports.load import load_runs
+from bench.sampling.opponent import opponent_batches, opponent_keys
 from bench.shared import Shared
 from bench.storage import runs
 from bench.suites import load_suite
+from bench.walk import Opponent, walk
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +214,7 @@ def test_resume_refuses_other_settings(here, capsys, option, said):
 def test_resume_does_nothing_twice(here, monkeypatch):
     monkeypatch.setattr(experiment, "train", None)
     monkeypatch.setattr(experiment, "Sampler", None)
-    monkeypatch.setattr("bench.shared.Sampler", None)
+    monkeypatch.setattr("bench.scoring.evaluation.Sampler", None)
     run = run_of("spin")
     before = scores_of(run.folder)
     assert bench(f"run --resume {run.id}") == 0
@@ -224,7 +226,7 @@ def test_another_scorer_reads_the_images_that_are_there(here, elsewhere, monkeyp
     run = run_of("sft")
     assert scores_of(run.folder)["metric"].str.startswith("judge/").all()
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr("bench.shared.Sampler", None)
+    monkeypatch.setattr("bench.scoring.evaluation.Sampler", None)
     settings = (run.folder / "config.json").read_text()
     assert bench(f"run --resume {run.id} --set metrics=[darknes]") == 2
     assert (run.folder / "config.json").read_text() == settings
@@ -270,15 +272,12 @@ def test_human_losers_are_read_only_by_methods_on_human_pairs(elsewhere, monkeyp
     monkeypatch.setattr(PreferenceData, "losers", lambda self, rows: read.append(rows) or losers(self, rows))
     shared = Shared(load_suite("tiny.yaml"))
     for method, reads in (("sft", False), ("spin", False), ("diffusion_dpo", True)):
-        Experiment(runs.create(method, shared.suite, 0, 1), shared).iterate(1, shared.base, lambda *scalar: None)
+        trained(runs.create(method, shared.suite, 0, 1), shared)
         assert bool(read) == reads
 
 
-def test_opponents_are_new_each_iteration_and_differ_where_prompts_repeat(elsewhere, monkeypatch):
-    monkeypatch.setattr(PreferenceData, "prompts", ["a red cat"] * 12)
-    shared = Shared(load_suite("tiny.yaml"))
-    run = runs.Run("x", "spin", 0, 2, shared.suite)
-    first, again, second = (Experiment(run, shared).opponent_keys(k, np.arange(3)) for k in (1, 1, 2))
+def test_opponents_are_new_each_iteration_and_differ_where_prompts_repeat():
+    first, again, second = (opponent_keys(["a red cat"] * 3, 0, iteration) for iteration in (1, 1, 2))
     assert first == again
     assert len({*first, *second}) == 6 and {prompt for _, prompt in first} == {"a red cat"}
 
@@ -415,7 +414,8 @@ def test_what_an_opponent_is_made_with_decides_whether_it_is_made_again(elsewher
     for settings in ([], [f"opponent.{setting}"]):
         shared = Shared(load_suite("tiny.yaml", settings))
         run = runs.Run("x", "spin", 0, 1, shared.suite)
-        made.append(Experiment(run, shared).opponent(1, shared.base))
+        opponent = next(stage for stage in walk(shared.suite, "spin", 1) if isinstance(stage, Opponent))
+        made.append(Experiment(run, shared).opponent(opponent))
         made[-1] = made[-1].hash, np.load(made[-1].directory / "latents.npy")
     (first, before), (second, after) = made
     assert (first == second) == np.array_equal(before, after) == (setting == "batch_size=2")
@@ -424,7 +424,7 @@ def test_what_an_opponent_is_made_with_decides_whether_it_is_made_again(elsewher
 def test_batches_of_the_opponent_hold_each_row_once_and_are_not_small():
     keys = [(seed, f"{row}") for seed, rows in enumerate([70, 20, 7, 5, 3, 2, 1]) for row in range(rows)]
     few, many = keys[:-3], keys + [(seed, "x") for seed in range(10, 80)]
-    assert [len(batch) for batch in experiment.opponent_batches(few, 32)] == [32, 32, 6, 20, 7, 5, 3]
-    batches = experiment.opponent_batches(many, 32)
+    assert [len(batch) for batch in opponent_batches(few, 32)] == [32, 32, 6, 20, 7, 5, 3]
+    batches = opponent_batches(many, 32)
     assert sorted(row for batch in batches for row in batch) == list(range(len(many)))
     assert [len(batch) for batch in batches] == [32, 32, 20, 32, 32, 30]

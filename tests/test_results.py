@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny_bench
-from tiny_bench import bench, history_of, run_of, scores_of, start, unets_of
+from tiny_bench import bench, history_of, run_of, scores_of, start, trained, unets_of
 
 from bench.experiment import Experiment
 from bench.scoring.evaluate import Scorers
@@ -61,7 +61,7 @@ def test_results_inside_a_training_killed_at_every_place_are_the_undisturbed_one
     for steps, name in ((2, "iter1@2"), (4, "iter1@4"), (6, "iter1")):  # trainings of that many steps, without results
         settings = [f"methods.sft.iterations=[{{steps: {steps}, lr: 1e-3}}]", "evaluation.guidance=[1.0]"]
         plain = runs.create("sft", load_suite("tiny.yaml", settings), 0, 1)
-        Experiment(plain, shared).iterate(1, shared.base, lambda *scalar: None)
+        trained(plain, shared)
         assert unets_of(plain) == {"iter1": unets_of(run)[name]}
 
     shutil.rmtree(run.folder / "iter1@2")  # gone since: the training is done again, and ends the same

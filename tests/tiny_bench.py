@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,9 @@ from bench import registry
 from bench.commands import cli
 from bench.metrics.base import Images, Metric
 from bench.storage import runs
+
+if TYPE_CHECKING:
+    from bench.shared import Shared
 
 DARKNESS, GLOOM = "tiny_bench:Darkness", "tiny_bench:Gloom"
 ORDER = ["method", "iteration", "step", "prompt_set", "prompt_id", "seed", "guidance", "metric"]
@@ -119,6 +123,17 @@ def history_of(folder: Path) -> pd.DataFrame:
 def unets_of(run: runs.Run) -> dict[str, bytes]:
     """The weights of all results of a run, by the folder of each."""
     return {path.parts[-3]: path.read_bytes() for path in run.folder.glob("iter*/unet/*.safetensors")}
+
+
+def trained(run: runs.Run, shared: Shared) -> None:
+    """Everything of a run but what is sampled for and scored."""
+    from bench import walk
+    from bench.experiment import Experiment
+
+    experiment = Experiment(run, shared)
+    for stage in walk.walk(run.suite, run.method, run.iterations):
+        if not isinstance(stage, walk.Evaluation):
+            experiment.do(stage, lambda *scalar: None)
 
 
 def killed(place: str, line: str) -> int:

@@ -68,10 +68,11 @@ def plan(
 
     chosen, named = load_suite(suite, settings), cards.find(card) if card else None
     methods = chosen.entries(method)
-    from bench.costs import plan as planning
+    from bench.costs import plan_text
+    from bench.costs.plan import plan as planned
 
-    record = planning.as_record(planning.plan(chosen, methods, iters), named or _card_here(), mfu, gpus)
-    click.echo(json.dumps(record, indent=1) if layout == "json" else planning.as_text(record))
+    record = plan_text.as_record(planned(chosen, methods, iters), named or _card_here(), mfu, gpus)
+    click.echo(json.dumps(record, indent=1) if layout == "json" else plan_text.as_text(record))
 
 
 def _card_here() -> Any:

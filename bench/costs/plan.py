@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import DDIMScheduler
 
-from bench import models, registry
-from bench.costs import cost, memory
-from bench.costs.cards import Card
+from bench import models, registry, walk
+from bench.costs import memory
+from bench.costs.operations import Operations
+from bench.costs.scorers import scoring_cost
 from bench.data import load_pairs, load_prompts
-from bench.errors import BenchError
 from bench.experiment import planned_iterations
 from bench.methods.base import Pairing
-from bench.metrics import official
-from bench.metrics.base import Metric
 from bench.models.architecture import Architecture, architecture
-from bench.runtime.progress import quiet
-from bench.sampling.sample import SCHEDULERS, latent_shape
-from bench.scoring.evaluate import Scorers
-from bench.storage.runs import CACHE
-from bench.suites import Iteration, Suite
-from bench.training.batches import sample_order
+from bench.storage.runs import CACHE, Result
+from bench.suites import Suite
 
 FP32 = 4  # bytes
 PNG = 0.6  # bytes of a PNG over those of its pixels, for photographs; drawings take less
 ROW = 40  # bytes of one score in parquet
 TRAIN_SPLIT = 851_293, 58_960  # pairs without ties and prompts of Pick-a-Pic v2 (Diffusion-DPO, arXiv 2311.12908)
 PROMPTS = {"partiprompts": 1632, "hpsv2": 3200, "test_unique": 500, "validation_unique": 500}  # as published
-EXAMPLE = load_prompts("world:test", 1).prompts[0]  # a caption that every scorer can read, the judge too
-
-
-UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"))
 
 
 @dataclass(frozen=True)
@@ -78,15 +66,13 @@ class Plan:
 def plan(suite: Suite, methods: Sequence[str], iters: int | None = None, seed: int = 0) -> Plan:
     """Plan the runs `bench run` would make with the same arguments; latents and base samples are made once."""
     maker = Planner(suite, seed)
-    # as bench run does: with several methods, the number of iterations asked for is that of self-play
-    schedules = {
-        name: suite.schedule(name, planned_iterations(name, suite, iters, len(methods) > 1)) for name in methods
-    }
     stages = [maker.encode(methods)]
-    for name, schedule in schedules.items():
-        stages += maker.training(name, schedule)
-    models = 1 + sum(len(iteration.checkpoints) + 1 for schedule in schedules.values() for iteration in schedule)
-    stages += [maker.sampling(models), maker.scoring(models)]
+    for name in methods:
+        # as bench run does: with several methods, the number of iterations asked for is that of self-play
+        for stage in walk.walk(suite, name, planned_iterations(name, suite, iters, len(methods) > 1)):
+            kinds = {walk.Opponent: maker.opponent, walk.Training: maker.train, walk.Evaluation: maker.remember}
+            stages += walk.dispatch(stage, kinds)
+    stages += [maker.sampling(), maker.scoring()]
     return Plan(suite.name, tuple(methods), tuple(stages), tuple(dict.fromkeys(maker.notes)))
 
 
@@ -96,30 +82,11 @@ class Planner:
     def __init__(self, suite: Suite, seed: int):
         self.suite, self.seed, self.dtype = suite, seed, suite.model.dtype
         self.models: Architecture = architecture(suite.model.weights)
-        self.shape, self.tokens = latent_shape(self.models.unet), self.models.tokens
+        self.operations = Operations(self.models, self.models.tokens)
+        self.shape, self.tokens = self.operations.shape, self.operations.tokens
+        self.results: set[Result] = set()  # what is sampled and scored; all methods share one base
         self.notes: list[str] = []
-        self.counted: dict[Hashable, int] = {}
-
-    @cached_property
-    def forward(self) -> int:
-        return cost.unet_flops(self.models.unet, self.shape, self.tokens)
-
-    def forward_and_backward(self, checkpointing: bool, lora_rank: int | None) -> int:
-        return self.once(
-            (checkpointing, lora_rank),
-            lambda: cost.unet_training_flops(self.models.unet, self.shape, self.tokens, checkpointing, lora_rank),
-        )
-
-    def once(self, key: Hashable, count: Callable[[], int]) -> int:
-        """What was counted for this key, counted now if it was not: iterations mostly share their training step."""
-        if key not in self.counted:
-            self.counted[key] = count()
-        return self.counted[key]
-
-    @cached_property
-    def coding(self) -> tuple[int, int]:
-        """Encoding and decoding one image."""
-        return cost.vae_flops(self.models.vae, self.shape)
+        self.peaks: dict[Hashable, int] = {}
 
     @cached_property
     def unet_weights(self) -> int:
@@ -141,7 +108,7 @@ class Planner:
         data = self.suite.data
         human = any(self.suite.method(name).pairing is Pairing.HUMAN for name in methods)
         images = self.pairs * (2 if human else 1) * (2 if data.flip else 1)
-        flops = images * self.coding[0] + self.prompts * cost.text_flops(self.models.text_encoder, self.tokens)
+        flops = images * self.operations.coding[0] + self.prompts * self.operations.text
         batch = memory.vae_bytes(self.models.vae, self.shape, min(data.batch_size, self.pairs), self.dtype)[0]
         embedding = self.tokens * self.models.unet.config.cross_attention_dim
         stored = images * int(np.prod(self.shape)) + self.prompts * embedding
@@ -185,34 +152,19 @@ class Planner:
         )
         return len(source), len(set(source.prompts))
 
-    def training(self, name: str, schedule: Sequence[Iteration]) -> list[StagePlan]:
-        """Opponent and training of every iteration of one method."""
-        method, stages, first = self.suite.method(name), [], 0
-        for number, iteration in enumerate(schedule, 1):
-            if method.pairing is Pairing.SELF_PLAY:
-                stages.append(self.opponent(name, number, first, iteration.steps))
-            stages.append(
-                self.train(
-                    name,
-                    number,
-                    iteration.steps,
-                    paired=method.pairing is not Pairing.WINNER,
-                    reference=method.needs_reference,
-                    checkpoints=len(iteration.checkpoints),
-                )
-            )
-            first += iteration.steps
-        return stages
-
-    def opponent(self, method: str, number: int, first_step: int, steps: int) -> StagePlan:
+    def opponent(self, span: walk.Opponent) -> list[StagePlan]:
         """Losers for every distinct pair the iteration sees, kept as latents."""
-        settings, size = self.suite.opponents(method), self.suite.training(method).batch_size
-        pairs = distinct_pairs(self.seed, first_step * size, steps * size, self.pairs)
-        evaluations = solver_evaluations(settings.scheduler, settings.steps)
-        flops = cost.sampling_flops(self.forward, 0, pairs, steps=evaluations, guidance=settings.guidance)
+        settings, pairs = self.suite.opponents(span.method), span.count(self.seed, self.pairs)
+        flops = self.operations.latents(
+            pairs,
+            scheduler=settings.scheduler,
+            steps=settings.steps,
+            guidance=settings.guidance,
+            roundtrip=settings.roundtrip,
+        )
         rows = min(settings.batch_size, pairs) * (1 if settings.guidance == 1 else 2)
-        return StagePlan(
-            f"{method} {number}: opponent",
+        made = StagePlan(
+            f"{span.method} {span.iteration}: opponent",
             pairs,
             "images",
             flops,
@@ -220,23 +172,21 @@ class Planner:
             pairs * int(np.prod(self.shape)) * FP32,
             self.dtype,
         )
+        return [made]
 
-    def train(
-        self, method: str, number: int, steps: int, paired: bool, reference: bool, checkpoints: int = 0
-    ) -> StagePlan:
+    def train(self, span: walk.Training) -> list[StagePlan]:
         """Policy forward and backward, reference forward; the result and each checkpoint is the UNet in fp32.
 
         A method with a statistic of the batch runs both forward once more.
 
         A policy whose adapter is on the reference's weights is the reference too, with the adapter off.
         """
-        settings = self.suite.training(method)
-        own = settings.lora_rank and (number == 1 or self.suite.method(method).pairing is Pairing.SELF_PLAY)
-        samples, images = steps * settings.batch_size, 2 if paired else 1
-        policy = self.forward_and_backward(settings.gradient_checkpointing, settings.lora_rank)
-        expected = self.forward if reference else 0
-        again = self.forward + expected if self.suite.method(method).has_statistic() else 0
-        flops = samples * images * (policy + expected + again)
+        method, settings = self.suite.method(span.method), self.suite.training(span.method)
+        reference, images = method.needs_reference, 1 if method.pairing is Pairing.WINNER else 2
+        own = settings.lora_rank and (span.iteration == 1 or method.pairing is Pairing.SELF_PLAY)
+        policy = self.operations.forward_and_backward(settings.gradient_checkpointing, settings.lora_rank)
+        expected = self.operations.forward if reference else 0
+        again = self.operations.forward + expected if method.has_statistic() else 0
         micro = min(settings.micro_batch, settings.batch_size)
         peak = self.training_peak(
             micro * images,
@@ -248,30 +198,36 @@ class Planner:
             ema=settings.ema is not None,
             lora_rank=settings.lora_rank,
         )
-        return StagePlan(
-            f"{method} {number}: training",
-            samples,
-            "pairs" if paired else "images",
-            flops,
+        made = StagePlan(
+            f"{span.method} {span.iteration}: training",
+            span.samples,
+            "images" if images == 1 else "pairs",
+            span.samples * images * (policy + expected + again),
             self.resident + peak,
-            (1 + checkpoints) * memory.parameter_bytes(self.models.unet),
+            (1 + len(span.settings.checkpoints)) * memory.parameter_bytes(self.models.unet),
             settings.precision,
         )
+        return [made]
+
+    def remember(self, evaluation: walk.Evaluation) -> list[StagePlan]:
+        """Evaluations are added up: `sampling` and `scoring` are of all results together."""
+        self.results.add(evaluation.result)
+        return []
 
     def training_peak(self, rows: int, **options: Any) -> int:
-        return self.once(
-            (rows, *options.items()),
-            lambda: memory.training_bytes(self.models.unet, self.shape, self.tokens, rows, **options),
-        )
+        """Counted once for all iterations that share it."""
+        key = (rows, *options.items())
+        if key not in self.peaks:
+            self.peaks[key] = memory.training_bytes(self.models.unet, self.shape, self.tokens, rows, **options)
+        return self.peaks[key]
 
-    def sampling(self, models: int) -> StagePlan:
-        """Images of the base and of every result, for all prompt sets, guidance scales and seeds."""
-        settings, flops = self.suite.evaluation, 0.0
-        evaluations = solver_evaluations(settings.scheduler, settings.steps)
-        for guidance in settings.guidance:
-            flops += cost.sampling_flops(
-                self.forward, self.coding[1], self.images, steps=evaluations, guidance=guidance
-            )
+    def sampling(self) -> StagePlan:
+        """Images of every result, for all prompt sets, guidance scales and seeds."""
+        settings, models = self.suite.evaluation, len(self.results)
+        flops = sum(
+            self.operations.images(self.images, scheduler=settings.scheduler, steps=settings.steps, guidance=guidance)
+            for guidance in settings.guidance
+        )
         rows = min(settings.batch_size, self.images)
         guided = 2 if any(guidance != 1 for guidance in settings.guidance) else 1
         batch = max(self.unet_pass(rows * guided), memory.vae_bytes(self.models.vae, self.shape, rows, self.dtype)[1])
@@ -286,9 +242,9 @@ class Planner:
             self.dtype,
         )
 
-    def scoring(self, models: int) -> StagePlan:
+    def scoring(self) -> StagePlan:
         """All scorers, which on a GPU run under bf16 autocast whatever the suite says of the models."""
-        images = models * len(self.suite.evaluation.guidance) * self.images
+        images = len(self.results) * len(self.suite.evaluation.guidance) * self.images
         return StagePlan(
             "evaluation: scoring",
             images,
@@ -316,141 +272,3 @@ class Planner:
 
     def unet_pass(self, rows: int) -> int:
         return memory.unet_bytes(self.models.unet, self.shape, self.tokens, rows, self.dtype)
-
-
-def distinct_pairs(seed: int, first: int, count: int, size: int) -> int:
-    """How many different pairs positions first..first+count-1 of the endless shuffled order hold."""
-    to_epoch = -first % size
-    if count >= to_epoch + size:
-        return size
-    if count <= to_epoch or to_epoch == 0:
-        return count
-    return len(np.unique(sample_order(seed, first, count, size)))
-
-
-def solver_evaluations(scheduler: str, steps: int) -> int:
-    """UNet evaluations of so many steps: PNDM takes one more than it is asked for."""
-    solver = SCHEDULERS[scheduler](DDIMScheduler().config)
-    solver.set_timesteps(steps)
-    return len(solver.timesteps)
-
-
-def scoring_cost(suite: Suite, notes: list[str]) -> tuple[int, int]:
-    """Operations for one image with its prompt, and bytes of weights, over all scorers.
-
-    Miniatures are run once and counted; of official checkpoints the architecture is known, of others what the metric
-    declares.
-    """
-    given = {name: suite.metric_options.get(name, {}) for name in suite.metrics}
-    kinds = {name: registry.metric(name) for name in suite.metrics}
-    small = [name for name, kind in kinds.items() if kind.weights_of(given[name]) == "mini"]
-    large = [name for name in suite.metrics if name not in small and name in official.ENCODERS]
-    flops, weights = official.cost(large)
-    for name in (name for name in suite.metrics if name not in {*small, *large}):
-        if (declared := kinds[name].cost) is None:
-            notes.append(f"metric {name} is not counted: it declares no cost, and is too large to be loaded for a plan")
-        else:
-            flops, weights = flops + declared.flops, weights + declared.weights
-    loaded: dict[str, Metric] = {}
-    for name in small:
-        try:
-            loaded |= Scorers.load([name], options=given).metrics
-        except BenchError as error:
-            notes.append(f"metric {name} is not counted: {error}")
-    with quiet():
-        flops += cost.flops(lambda: Scorers(loaded).score(np.zeros((1, 64, 64, 3), np.uint8), [EXAMPLE]))
-    return flops, weights + sum(map(_weights, loaded.values()))
-
-
-def _weights(scorer: Any) -> int:
-    """Bytes of all networks a scorer holds, and of those its parts hold."""
-    parts = [scorer, *vars(scorer).values()]
-    nested = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
-    modules = {id(part): part for part in [*parts, *nested] if isinstance(part, torch.nn.Module)}
-    return sum(memory.parameter_bytes(module) for module in modules.values())
-
-
-# --- output ---
-
-
-def as_record(made: Plan, card: Card, mfu: float, gpus: int) -> dict[str, Any]:
-    """The plan in numbers: `gpu_hours` = FLOPs / (MFU x peak); `wall_hours` on all GPUs together."""
-
-    def priced(hours: float) -> dict[str, float]:
-        return {"gpu_hours": hours, "wall_hours": hours / gpus}
-
-    hours = [stage.flops / (mfu * card.peak(stage.dtype) * 3600) for stage in made.stages]
-    total = {
-        "flops": made.flops,
-        **priced(sum(hours)),
-        "peak_memory_bytes": made.peak_memory_bytes,
-        "disk_bytes": made.disk_bytes,
-    }
-    return {
-        "suite": made.suite,
-        "methods": list(made.methods),
-        "assumptions": {
-            "card": card.title,
-            "gpus": gpus,
-            "mfu": mfu,
-            "card_memory_bytes": card.memory,
-            "peak_flops_per_s": {dtype: card.peak(dtype) for dtype in sorted({stage.dtype for stage in made.stages})},
-            "flops": "two per multiply-add; matrix products, convolutions and attention, counted by "
-            "torch's FlopCounterMode on the models' shapes",
-            "memory": "tensors alive at once in a simulated pass, per device; without allocator waste, "
-            "workspaces (a third more, resident, on the miniature), CUDA context (1 to 2 GB) or "
-            "Python (about 0.7 GB)",
-        },
-        "stages": [{**asdict(stage), **priced(spent)} for stage, spent in zip(made.stages, hours, strict=True)],
-        "total": total,
-        "notes": list(made.notes),
-    }
-
-
-def as_text(record: dict[str, Any]) -> str:
-    """The table, the assumptions it stands on, and what does not fit."""
-    assumed, total = record["assumptions"], record["total"]
-    size, unit = next((unit for unit in UNITS if total["flops"] >= unit[0]), UNITS[-1])
-    rows = [("stage", "amount", unit, "GPU-hours", "peak GB", "disk GB")]
-    for stage in record["stages"]:
-        rows.append((stage["name"], f"{stage['count']:,} {stage['unit']}", *_figures(stage, size)))
-    rows.append(("total", "", *_figures(total, size)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines[1:1] = ["-" * len(lines[0])]
-    lines.insert(-1, lines[1])
-    peaks = ", ".join(f"{peak / 1e12:g} TFLOP/s ({dtype})" for dtype, peak in assumed["peak_flops_per_s"].items())
-    lines += [
-        "",
-        f"{assumed['gpus']} x {assumed['card']} at {assumed['mfu']:.0%} of {peaks}: "
-        f"{_number(total['wall_hours'])} hours.",
-        f"Memory: {assumed['memory']}.",
-    ]
-    if total["peak_memory_bytes"] > assumed["card_memory_bytes"]:
-        lines.append(
-            f"It does not fit: {assumed['card']} has {assumed['card_memory_bytes'] / 1e9:g} GB; lower "
-            "train.micro_batch or the batch sizes of opponent and evaluation."
-        )
-    return "\n".join([*lines, *(f"Note: {note}" for note in record["notes"])])
-
-
-def _figures(row: dict[str, Any], size: float) -> tuple[str, ...]:
-    return (
-        _number(row["flops"] / size),
-        _number(row["gpu_hours"]),
-        _number(row["peak_memory_bytes"] / 1e9),
-        _number(row["disk_bytes"] / 1e9),
-    )
-
-
-def _number(value: float) -> str:
-    """Three digits, and no exponent where a person can do without."""
-    if value == 0:
-        return "0"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 1e-3 else f"{value:.1e}"

@@ -76,8 +76,8 @@ def synchronise(device: torch.device) -> None:
 
 def protocol(device: torch.device, **settings: Any) -> dict[str, Any]:
     """What was measured, where and with which versions."""
+    from bench.runtime.machine import device_name, git_commit
     from bench.runtime.versions import versions
-    from bench.storage.protocol import device_name, git_commit
 
     return {"device": device_name(device), **settings, "versions": versions(PACKAGES), "git_commit": git_commit()}
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bench import walk
 from bench.data import load_prompts
 from bench.errors import UsageError, did_you_mean
 from bench.experiment import Experiment, build_method
@@ -110,7 +111,7 @@ class Trials:
     def _refuse_metric(self, others: Sequence[str]) -> None:
         """Refuse to search by a number that no scorer gives, or that is not to grow."""
         metric = self.searched.metric
-        columns = {column.name: column for column in self.shared.scorers.columns}
+        columns = {column.name: column for column in self.shared.evaluator.scorers.columns}
         if metric not in columns:
             raise UsageError(f"search.metric: the suite has no '{metric}'{did_you_mean(metric, [*columns, *others])}")
         if not columns[metric].higher_is_better:
@@ -125,7 +126,7 @@ class Trials:
         return fingerprint(
             {
                 "method": self.suite.kind(entry),
-                "data": self.shared.data_key,
+                "data": self.shared.encoded.key,
                 "metric": self.searched.metric,
                 "train": self.suite.training(entry).model_dump(
                     exclude=set(NEUTRAL) | {"micro_batch", "log_every"}, exclude_defaults=True
@@ -134,8 +135,8 @@ class Trials:
                 if self.self_play(entry)
                 else None,
                 "evaluation": self.suite.evaluation.model_dump(exclude=changing, exclude_defaults=True),
-                "prompts": self.shared.prompt_sets[PROMPT_SET].ids,
-                "metrics": self.shared.scorers.info(),
+                "prompts": self.shared.evaluator.prompt_sets[PROMPT_SET].ids,
+                "metrics": self.shared.evaluator.scorers.info(),
             }
         )
 
@@ -148,7 +149,7 @@ class Trials:
         with quiet():
             self._grow_trunk(this, setting, seed)
             _branch(this.folder(seed), run.folder)
-            Experiment(run, self.shared).stages(lambda name, value, step: None)
+            Experiment(run, self.shared).stages(_silent)
         return self._judged(run)
 
     def _run(self, this: Round, setting: Setting, seed: int, folder: Path) -> Run:
@@ -165,18 +166,17 @@ class Trials:
             _branch(Round(this.entry, this.number - 1, tuple(before), this.identity).folder(seed, last), trunk)
         if not self.self_play(this.entry):
             return
-        experiment, previous = Experiment(self._run(this, setting, seed, trunk), self.shared), self.shared.base
-        for number in range(1, this.number):
-            previous = experiment.iterate(number, previous, lambda name, value, step: None)
-        reference = experiment.methods[-1].next_reference(self.shared.base, previous)
-        experiment.opponent(this.number, reference)
+        experiment = Experiment(self._run(this, setting, seed, trunk), self.shared)
+        for stage in walk.walk(experiment.suite, this.entry, this.number):
+            if isinstance(stage, walk.Opponent) or isinstance(stage, walk.Training) and stage.iteration < this.number:
+                experiment.do(stage, _silent)
 
     def _judged(self, run: Run) -> dict[str, Any]:
         """Means over sampling seeds and guidance scales of the last iteration beside the base, prompt by prompt."""
         rows = pd.read_parquet(run.folder / "scores.parquet").astype({"value": "float64"})
         rows = rows[rows["metric"] == self.searched.metric]
         values = rows.groupby(["iteration", "guidance", "prompt_id"])["value"].mean().unstack("prompt_id")
-        values = values[list(self.shared.prompt_sets[PROMPT_SET].ids)]
+        values = values[list(self.shared.evaluator.prompt_sets[PROMPT_SET].ids)]
         last, base = values.loc[run.iterations], values.loc[0]
         gains = (last - base).mean(axis=1)
         return {
@@ -185,6 +185,10 @@ class Trials:
             **{f"gain_g{guidance:g}": float(gain) for guidance, gain in gains.items()},
             "prompts": np.float32(last.mean()).tolist(),
         }
+
+
+def _silent(name: str, value: float, step: int) -> None:
+    """A trial has no record of sacred's."""
 
 
 def _branch(source: Path, target: Path) -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.costs.meter import metered, write_spent
 from bench.runtime.processes import Processes
 from bench.runtime.progress import track
 from bench.storage.integrity import new_array, read_array
+from bench.storage.meter import metered, write_spent
 from bench.storage.stages import Stage, atomic_write, temporary
 
 FOLDER = "pieces"

@@ -77,14 +77,7 @@ class Run:
     @property
     def results(self) -> list[Result]:
         """What the run leaves besides the base, in the order in which it is made."""
-        found, first = [], 0
-        for iteration, settings in enumerate(self.suite.schedule(self.method, self.iterations), 1):
-            found += [
-                Result(self.method, iteration, first + within, within, within == settings.steps)
-                for within in (*settings.checkpoints, settings.steps)
-            ]
-            first += settings.steps
-        return found
+        return results(self.suite, self.method, self.iterations)
 
     def config(self) -> dict[str, Any]:
         """All that decides the result; config.json of the run's folder."""
@@ -95,6 +88,18 @@ class Run:
             "iterations": self.iterations,
             "suite": self.suite.model_dump(),
         }
+
+
+def results(suite: Suite, method: str, iterations: int) -> list[Result]:
+    """What a method leaves of so many iterations, in the order in which it is made."""
+    found, first = [], 0
+    for iteration, settings in enumerate(suite.schedule(method, iterations), 1):
+        found += [
+            Result(method, iteration, first + within, within, within == settings.steps)
+            for within in (*settings.checkpoints, settings.steps)
+        ]
+        first += settings.steps
+    return found
 
 
 def create(method: str, suite: Suite, seed: int, iterations: int) -> Run:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
+import io
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.storage import integrity, locks
 from bench.storage.integrity import Damage
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARKER = "stage.json"
 _checked: dict[Path, integrity.Seen] = {}  # folders whose every byte this process has written or looked at
@@ -47,6 +52,24 @@ def link(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def link_tree(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Put files of one folder into another without copying them where the file system allows it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (target / name).exists():
+            if filecmp.cmp(source / name, target / name, shallow=False):
+                continue
+            (target / name).unlink()  # the source was made again since
+        link(source / name, target / name)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a parquet file that appears whole."""
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    atomic_write(path, buffer.getvalue())
 
 
 class Stage:

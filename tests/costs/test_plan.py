@@ -13,14 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import registry
+from bench import registry, walk
 from bench.commands import cli
 from bench.costs import cards, cost, memory
-from bench.costs.plan import Planner, distinct_pairs, solver_evaluations
+from bench.costs.operations import solver_evaluations
+from bench.costs.plan import Planner
 from bench.experiment import build_method
 from bench.models import adapters, load_pipeline
 from bench.sampling.sample import sample
 from bench.storage.cache import Embeddings
+from bench.storage.runs import BASE
 from bench.suites import Iteration, load_suite
 from bench.training.batches import sample_order
 from bench.training.recipe import TrainSettings
@@ -81,12 +83,12 @@ def test_a_training_step_of_the_miniature_costs_what_is_planned(mini, accelerato
         ],
     )
     planner, paired = Planner(suite, 0), method != "sft"
-    planned = planner.train(method, 1, 1, paired=paired, reference=paired)
+    (planned,) = planner.train(walk.Training(method, 1, Iteration(steps=1, lr=1e-8), 0, 2))
     real = count(step(mini, accelerator, method, 2, 1, lora=lora))
     assert planned.flops == pytest.approx(real, rel=0.05)
     assert planned.count == 2
     after = cost.training_flops(
-        planner.forward,
+        planner.operations.forward,
         2,
         paired=paired,
         reference=paired,
@@ -104,7 +106,9 @@ def test_sampling_an_image_of_the_miniature_costs_what_is_planned(mini):
         "evaluation.seeds=[1]",
         "evaluation.prompt_sets={test: {prompts: 'world:test', limit: 1}}",
     ]
-    planned = Planner(load_suite("mini", settings), 0).sampling(models=1)
+    planner = Planner(load_suite("mini", settings), 0)
+    planner.remember(walk.Evaluation(BASE))
+    planned = planner.sampling()
     real = sum(
         count(lambda guidance=guidance: sample(mini, ["a"], guidance=guidance, steps=3, seeds=[1]))
         for guidance in (1.0, 3.0)
@@ -120,7 +124,7 @@ def test_a_pair_of_stable_diffusion_1_5_costs_what_torch_counts(monkeypatch):
         "mini", [*NOTHING_SCORED, "model.weights=random:sd15", "train.batch_size=1", "train.micro_batch=1"]
     )
     planner = Planner(suite, 0)
-    planned, unet = planner.train("spin", 1, 1, paired=True, reference=True), planner.models.unet
+    (planned,), unet = planner.train(walk.Training("spin", 1, Iteration(steps=1, lr=1e-8), 0, 1)), planner.models.unet
     rows = (
         torch.empty(2, 4, 64, 64, device="meta"),
         torch.zeros(2, device="meta"),
@@ -173,7 +177,9 @@ def test_less_is_held_in_half_precision_and_with_checkpointing(tiny_pipeline):
 
 @pytest.mark.parametrize(("first", "number"), [(0, 5), (0, 10), (0, 11), (7, 3), (7, 6), (7, 12), (7, 13), (3, 40)])
 def test_distinct_pairs_are_those_of_the_training_order(first, number):
-    assert distinct_pairs(0, first, number, 10) == len(set(sample_order(0, first, number, 10).tolist()))
+    span = walk.Opponent("spin", 1, Iteration(steps=1, lr=1e-8), first, number)
+    seen = set(sample_order(0, first, number, 10).tolist())
+    assert span.count(0, 10) == len(seen) and span.pairs(0, 10).tolist() == sorted(seen)
 
 
 def test_pndm_evaluates_once_more_than_it_is_asked_for():

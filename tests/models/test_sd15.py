@@ -160,17 +160,19 @@ def images(tmp_path):
 
 def test_latents_and_embeddings_leave_broken_rows_out(tiny, tmp_path):
     shared = tiny(f"data.pairs=pickapic:{inputs(tmp_path)[0]}")
-    assert shared.pairs.prompts == ["a red cat", "a blue dog on a bench"]
-    latents, embeddings = shared.latents("winners"), shared.embeddings()
+    assert shared.encoded.pairs.prompts == ["a red cat", "a blue dog on a bench"]
+    latents, embeddings = shared.encoded.latents("winners"), shared.encoded.embeddings()
     assert latents.shape == (2, 4, 8, 8) and len(embeddings) == 2
-    assert np.isfinite(latents[:]).all() and np.isfinite(shared.latents("losers")[:]).all()
-    expected = models.load_pipeline(shared.base.folder.parent).encode_prompt(shared.pairs.prompts, "cpu", 1, False)[0]
+    assert np.isfinite(latents[:]).all() and np.isfinite(shared.encoded.latents("losers")[:]).all()
+    expected = models.load_pipeline(shared.frozen.base.folder.parent).encode_prompt(
+        shared.encoded.pairs.prompts, "cpu", 1, False
+    )[0]
     np.testing.assert_allclose(embeddings.lookup([0, 1]), expected.detach(), atol=1e-5)
 
 
 def test_a_folder_trains_sft_and_spin_and_refuses_methods_on_human_pairs(tiny, images):
     shared = tiny(f"data.pairs=folder:{images}", methods=["sft", "spin"])
-    assert len(shared.pairs) == 2 and shared.latents("winners").shape == (2, 4, 8, 8)
+    assert len(shared.encoded.pairs) == 2 and shared.encoded.latents("winners").shape == (2, 4, 8, 8)
     with pytest.raises(UsageError, match="diffusion_dpo is trained on pairs with a human choice, but folder"):
         tiny(f"data.pairs=folder:{images}", methods=["sft", "diffusion_dpo"])
 
@@ -178,7 +180,10 @@ def test_a_folder_trains_sft_and_spin_and_refuses_methods_on_human_pairs(tiny, i
 def test_flips_are_for_pairs_that_can_be_mirrored_together(tiny, tmp_path):
     pairs = f"data.pairs=pickapic:{inputs(tmp_path)[0]}"
     shared = tiny(pairs, "data.flip=true", "data.precision=fp16", methods=["sft", "diffusion_dpo"])
-    assert shared.latents("losers").shape == (2, 2, 4, 8, 8) and shared.latents("losers").dtype == np.float16
+    assert (
+        shared.encoded.latents("losers").shape == (2, 2, 4, 8, 8)
+        and shared.encoded.latents("losers").dtype == np.float16
+    )
     with pytest.raises(UsageError, match=r"spin: data\.flip mirrors winner and loser together"):
         tiny(pairs, "data.flip=true", methods=["spin"])
 

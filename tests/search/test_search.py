@@ -19,12 +19,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 from tiny_bench import bench
 
-from bench import experiment, shared
+from bench import experiment
 from bench.commands import cli
 from bench.commands import search as search_command
 from bench.errors import UsageError
 from bench.reports.stats import estimates
 from bench.sampling.sample import Sampler
+from bench.scoring import evaluation
 from bench.search import choice, grids, queue, search
 from bench.search.queue import Cell, Study, open_storage
 from bench.storage import runs, stages
@@ -69,18 +70,18 @@ def undisturbed(darkness, tiny_pipeline_folder, tmp_path_factory) -> Path:
 
         return make
 
-    score = shared.Shared.score
+    score = evaluation.Evaluator.score
 
-    def scored(self: shared.Shared, model: shared.Model, *rest: object) -> object:
+    def scored(self: evaluation.Evaluator, model: evaluation.Model, *rest: object) -> object:
         with pytest.MonkeyPatch.context() as patch:
             if model.result.iteration == 0:
-                patch.setattr(shared, "Sampler", counted("bases"))
+                patch.setattr(evaluation, "Sampler", counted("bases"))
             return score(self, model, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(experiment, "Sampler", counted("opponents"))
-        patch.setattr(shared.Shared, "score", scored)
+        patch.setattr(evaluation.Evaluator, "score", scored)
         assert bench(f"{LINE} -o tried.csv") == 0
         assert bench(f"{LINE} -o tried.parquet") == 0
     (folder / "sampled.json").write_text(json.dumps(made))

@@ -16,6 +16,7 @@ import pytest
 import tiny_bench
 import torch
 from tiny import make_unet
+from tiny_bench import trained
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
 from bench import registry
@@ -299,8 +300,8 @@ def test_the_time_of_the_killed_process_is_part_of_the_cost(workplace, dies, mon
     run = runs.create("sft", shared.suite, 0, 1)
     dies(2)
     with pytest.raises(Killed):
-        Experiment(run, shared).iterate(1, shared.base, lambda *scalar: None)
+        trained(run, shared)
     dies(None)
     monkeypatch.setattr(Checkpoints, "seconds", lambda self: 1000.0)
-    Experiment(run, shared).iterate(1, shared.base, lambda *scalar: None)
+    trained(run, shared)
     assert json.loads((run.folder / "cost.json").read_text())["stages"][0]["seconds"] > 1000

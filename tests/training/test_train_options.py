@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from tiny import make_unet
+from tiny_bench import trained
 from train_tiny import SCHEDULER, SETTINGS, make_data
 
 from bench import registry
@@ -27,6 +28,7 @@ from bench.suites import load_suite
 from bench.training.checkpoint import Checkpoints
 from bench.training.recipe import TrainSettings, make_accelerator, require_packages
 from bench.training.train import Loop, moving_average, train
+from bench.walk import Evaluation, Opponent, walk
 
 SMALL = replace(SETTINGS, steps=3, batch_size=3, micro_batch=3)
 
@@ -364,15 +366,19 @@ class TestLora:
         tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
         shared = Shared(load_suite("tiny.yaml", ["train.lora_rank=2"]))
         run = runs.create("spin", shared.suite, 0, 2)
-        experiment, before = Experiment(run, shared), shared.base
+        experiment = Experiment(run, shared)
         loaded = []
         load = load_unet
         monkeypatch.setattr(
             "bench.experiment.models.load_unet", lambda folder, *dtype: loaded.append(dtype) or load(folder, *dtype)
         )
-        for iteration in (1, 2):
-            loaded.clear()
-            result = experiment.iterate(iteration, before, lambda *scalar: None)
+        for stage in walk(run.suite, "spin", 2):
+            if isinstance(stage, Evaluation):
+                continue
+            experiment.do(stage, lambda *scalar: None)
+            if isinstance(stage, Opponent):
+                continue
+            iteration, before = stage.iteration, experiment.ends[stage.iteration - 1]
             assert loaded.count(()) == 1  # the policy; the other one, with a dtype, sampled the opponent
             start, end = (
                 load_unet(before.folder),
@@ -383,7 +389,7 @@ class TestLora:
             adapters.load(twin, run.folder / f"iter{iteration}" / "lora")
             adapters.merge(twin)
             assert torch.equal(weights(twin), weights(end)) and not torch.equal(weights(start), weights(end))
-            before = result
+            loaded.clear()
         history = pd.read_parquet(run.folder / "history.parquet")
         assert history["loss"][[0, 2]].tolist() == [torch.tensor(2.0).log().item()] * 2
 
@@ -402,7 +408,7 @@ class TestLora:
         ):
             shared = Shared(load_suite("tiny.yaml", ["train.lora_rank=2", f"methods.sft.iterations=[{settings}]"]))
             run = runs.create("sft", shared.suite, 0, 1)
-            Experiment(run, shared).iterate(1, shared.base, lambda *scalar: None)
+            trained(run, shared)
             found |= {(name, path.name): path for path in run.folder.glob("iter*")}
         for one, other in ((("inside", "iter1@1"), ("short", "iter1")), (("inside", "iter1"), ("long", "iter1"))):
             for part in ("unet", "lora"):

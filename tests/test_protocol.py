@@ -9,9 +9,10 @@ import pytest
 import tiny_bench
 import torch
 
-from bench import registry
+from bench import protocol, registry
+from bench.runtime import machine
 from bench.shared import Shared
-from bench.storage import protocol, runs
+from bench.storage import runs
 from bench.suites import load_suite
 
 
@@ -51,16 +52,16 @@ def test_a_broken_protocol_is_named_and_set_aside(shared, capsys, content):
 
 
 def test_code_that_git_does_not_know_counts_as_a_change(tmp_path, monkeypatch):
-    (tmp_path / "bench" / "storage").mkdir(parents=True)
+    (tmp_path / "bench" / "runtime").mkdir(parents=True)
     (tmp_path / "results").mkdir()
-    for name in ("bench/storage/protocol.py", "results/kept"):
+    for name in ("bench/runtime/machine.py", "results/kept"):
         (tmp_path / name).write_text("")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
     for line in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
         subprocess.run([*git, *line], check=True)
-    monkeypatch.setattr(protocol, "__file__", str(tmp_path / "bench" / "storage" / "protocol.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "bench" / "runtime" / "machine.py"))
     (tmp_path / "results" / "run").write_text("")  # what a run writes is no code
-    clean = protocol.git_commit()
+    clean = machine.git_commit()
     assert "+" not in clean
     (tmp_path / "bench" / "new.py").write_text("")
-    assert protocol.git_commit() == f"{clean}+changes"
+    assert machine.git_commit() == f"{clean}+changes"

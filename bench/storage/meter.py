@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.storage.stages import atomic_write
+from bench.runtime.processes import Processes
+from bench.storage.stages import Stage, atomic_write
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # of VmHWM; see proc(5)
@@ -55,6 +56,24 @@ def write_spent(folder: Path, name: str, spent: Spent, earlier: float, **counts:
     if earlier:
         spent = {**spent, "seconds": round(spent["seconds"] + earlier, 3), "energy_joules": None}
     atomic_write(folder / "cost.json", json.dumps({"name": name, **spent, **counts}))
+
+
+@contextmanager
+def timed(stage: Stage, processes: Processes, name: str, earlier: float = 0.0, **counts: int) -> Iterator[Path | None]:
+    """Fill a stage and leave in it what it cost: what `metered` tells, and the counts given (pairs, images, flops).
+
+    `earlier` are the seconds of a process that was stopped and whose work is gone on with. The main process is given
+    the folder to fill, the others None; all leave when the stage is done.
+    """
+    if processes.main:
+        with stage.fresh() as folder:
+            with metered() as spent:
+                yield folder
+            write_spent(folder, name, spent, earlier, **counts)
+    else:
+        yield None
+    processes.wait()
+    processes.expect(lambda: stage.done, stage.directory)
 
 
 def mfu(flops: float | None, seconds: float, devices: int, peak: float | None) -> float | None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench.costs import meter
-from bench.costs.meter import metered, mfu
-from bench.storage import protocol, runs
+from bench import protocol
+from bench.storage import meter, runs
+from bench.storage.meter import metered, mfu
 from bench.suites import load_suite
 
 
@@ -83,7 +83,9 @@ def test_a_training_is_measured_against_the_peak_of_its_own_precision(tmp_path, 
         folders.append(run.folder / kind)
         folders[-1].mkdir(parents=True)
         (folders[-1] / "cost.json").write_text(json.dumps({"name": f"iter1/{kind}", "seconds": 1.0, "flops": flops}))
-    protocol.write_cost(run, folders, SimpleNamespace(device=torch.device("cuda"), common={}))
+    protocol.write_cost(
+        run, folders, SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")), common={})
+    )
     cost = json.loads((run.folder / "cost.json").read_text())
     assert [stage["mfu"] for stage in cost["stages"]] == [0.1, 0.1]
     assert (cost["peak_flops_per_s"], cost["train_peak_flops_per_s"]) == (67e12, 989e12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime
@@ -14,19 +13,19 @@ from typing import Any
 import torch
 
 from bench.costs import cards
-from bench.costs.meter import mfu
 from bench.errors import BenchError
 from bench.methods.signals import EVERY_TRAINING
 from bench.models.random_weights import REMARK, is_random
+from bench.runtime.machine import device_name, git_commit
 from bench.runtime.versions import versions
 from bench.shared import Shared
 from bench.storage import integrity
 from bench.storage.integrity import Damage, expecting
+from bench.storage.meter import mfu
 from bench.storage.runs import Run
 from bench.storage.stages import atomic_write
 from bench.suites import options
 
-CODE = ("bench", "methods", "metrics", "reports")  # the folders whose files, new ones too, may change a number
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "pandas", "sacred")
 
 
@@ -39,8 +38,8 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
     path = run.folder / "protocol.json"
     model = {
         **run.suite.model.model_dump(),
-        "fingerprint": shared.base.key,
-        "unet_parameters": sum(parameter.numel() for parameter in shared.pipe.unet.parameters()),
+        "fingerprint": shared.frozen.base.key,
+        "unet_parameters": sum(parameter.numel() for parameter in shared.frozen.pipe.unet.parameters()),
     }
     if is_random(run.suite.model.weights):
         model["remark"] = REMARK
@@ -71,11 +70,11 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "signals": [asdict(signal) for signal in (*method.signals, *EVERY_TRAINING)],
         "results": [result._asdict() for result in run.results],
         "model": model,
-        "data": {**shared.pairs.record(), "truncated": shared.truncated_pairs},
-        "metrics": shared.scorers.protocol(),
+        "data": {**shared.encoded.pairs.record(), "truncated": shared.encoded.truncated},
+        "metrics": shared.evaluator.scorers.protocol(),
         "prompt_sets": {
-            name: {"source": prompts.name, "count": len(prompts), "truncated": shared.truncated[name]}
-            for name, prompts in shared.prompt_sets.items()
+            name: {"source": prompts.name, "count": len(prompts), "truncated": shared.evaluator.truncated[name]}
+            for name, prompts in shared.evaluator.prompt_sets.items()
         },
         "warnings": list(warnings),
         **{name: before.get(name, process[name]) for name in ("versions", "git_commit", "created")},
@@ -96,7 +95,7 @@ def this_process(shared: Shared) -> dict[str, Any]:
         "created": datetime.now().isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-        "device": device_name(shared.device),
+        "device": device_name(shared.accelerator.device),
         "threads": torch.get_num_threads(),
         "processes": shared.processes.count,
     }
@@ -122,8 +121,8 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared, checkpoints: It
 
     Of `checkpoints` of a training is listed what it had cost until then, which is in the training's own cost too.
     """
-    device, dtype, precision = device_name(shared.device), run.suite.model.dtype, run.suite.train.precision
-    card = cards.recognise(device) if shared.device.type == "cuda" else None
+    device, dtype, precision = device_name(shared.accelerator.device), run.suite.model.dtype, run.suite.train.precision
+    card = cards.recognise(device) if shared.accelerator.device.type == "cuda" else None
     peaks = {kind: cards.CARDS[card].peak(kind) if card else None for kind in (dtype, precision)}
 
     def read(folder: Path) -> dict[str, Any]:
@@ -157,27 +156,3 @@ def write_cost(run: Run, stages: Iterable[Path], shared: Shared, checkpoints: It
         "train_peak_flops_per_s": peaks[precision],
     }
     atomic_write(run.folder / "cost.json", json.dumps(record, indent=1))
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def git_commit() -> str | None:
-    """The commit this code is a checkout of, "+changes" when its files differ or there are others beside them; None
-    outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *CODE) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
