@@ -81,6 +81,23 @@ class Shards:
         return [value for shard in range(len(self.paths)) for value in self.open(shard).read([name])[name].to_pylist()]
 
 
+class RowGroups:
+    """Some columns of shards, a row group at a time; the last one is kept, since rows are read in order."""
+
+    def __init__(self, shards: Shards, columns: Sequence[str]):
+        self.shards, self.columns = shards, list(columns)
+        self._file: tuple[int, pq.ParquetFile] | None = None
+        self._group: tuple[tuple[int, int], pa.Table] | None = None
+
+    def read(self, shard: int, group: int) -> pa.Table:
+        if self._group is None or self._group[0] != (shard, group):
+            self._group = None  # frees the last one before the next is read
+            if self._file is None or self._file[0] != shard:
+                self._file = shard, self.shards.open(shard)
+            self._group = (shard, group), self._file[1].read_row_group(group, columns=self.columns)
+        return self._group[1]
+
+
 def split_source(spec: str, default: str = "train") -> tuple[str, str]:
     """SOURCE or SOURCE#SPLIT."""
     source, _, split = spec.partition("#")

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from bench.data.images import READING, read_images
-from bench.data.parquet import Shards, split_source
+from bench.data.parquet import RowGroups, Shards, split_source
 from bench.errors import BenchError
 from bench.runtime.progress import track
 from bench.storage.stages import Stage, fingerprint
@@ -54,8 +53,7 @@ class PickAPic:
                 f"{self.spec}: no usable pair in {self.counts['rows']} rows; left out: "
                 f"{json.dumps(self.counts['left_out'])}"
             )
-        self._file: tuple[int, pq.ParquetFile] | None = None
-        self._group: tuple[tuple[int, int], pa.Table] | None = None
+        self.groups = RowGroups(self.shards, IMAGE_COLUMNS)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -97,19 +95,9 @@ class PickAPic:
         for row, shard, group, place, winner in zip(
             rows, chosen["shard"], chosen["group"], chosen["place"], chosen["winner"], strict=True
         ):
-            table = self._row_group(int(shard), int(group))
-            pair = [_content(table[column][int(place)].as_py()) for column in IMAGE_COLUMNS]
+            pair = image_pair(self.groups.read(int(shard), int(group)), int(place))
             groups[int(row)] = pair[::-1] if bool(winner) != loser_first else pair
         return read_images(groups, self.resolution)
-
-    def _row_group(self, shard: int, group: int) -> pa.Table:
-        """Both image columns of one row group; the last one is kept, since rows are read in order."""
-        if self._group is None or self._group[0] != (shard, group):
-            self._group = None  # frees the last one before the next is read
-            if self._file is None or self._file[0] != shard:
-                self._file = shard, self.shards.open(shard)
-            self._group = (shard, group), self._file[1].read_row_group(group, columns=IMAGE_COLUMNS)
-        return self._group[1]
 
     def _without_copies(self, index: pd.DataFrame) -> pd.DataFrame:
         if self.deduplicate is None:
@@ -130,9 +118,10 @@ def _place(shards: Shards, shard: int, group: int, place: int) -> str:
     return f"{shards.name(int(shard))}, row group {group}, row {place}"
 
 
-def _content(value: Any) -> bytes | None:
-    """Raw bytes, or the {bytes, path} some mirrors store."""
-    return value.get("bytes") if isinstance(value, dict) else value
+def image_pair(group: pa.Table, place: int) -> list[bytes | None]:
+    """Both files of a row, of a row group's image columns: raw bytes, or of the {bytes, path} some mirrors store."""
+    values = [group[column][place].as_py() for column in IMAGE_COLUMNS]
+    return [value.get("bytes") if isinstance(value, dict) else value for value in values]
 
 
 def _index(shards: Shards, columns: Sequence[str], cache: Path) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
@@ -155,19 +144,9 @@ def _index(shards: Shards, columns: Sequence[str], cache: Path) -> tuple[pd.Data
 
 
 def _scan(shards: Shards, columns: Sequence[str]) -> tuple[pd.DataFrame, dict[str, Any], list[str]]:
-    """Read captions and labels of all shards, several at a time, and say what is left out and why."""
-    wanted = [name for name in ("caption", "label_0", *UIDS) if name in columns]
-    with ThreadPoolExecutor(SCANNERS) as threads:
-        tables = list(
-            track(
-                threads.map(lambda shard: _scan_shard(shards, shard, wanted), range(len(shards.paths))),
-                "reading captions and labels",
-                total=len(shards.paths),
-                unit="shard",
-            )
-        )
-    rows = pd.concat(tables, ignore_index=True)
-    rows["problem"] = _problems(rows)
+    """Read captions and labels of all shards, and say what is left out and why."""
+    rows = read_rows(shards, [name for name in ("caption", "label_0", *UIDS) if name in columns])
+    rows["problem"] = problems(rows)
     left_out = {str(reason): int(count) for reason, count in rows["problem"].value_counts().items() if reason}
     broken = rows[~rows["problem"].isin(["", "tie"])].head(EXAMPLES)
     examples = [f"{_place(shards, row.shard, row.group, row.place)}: {row.problem}" for row in broken.itertuples()]
@@ -178,6 +157,20 @@ def _scan(shards: Shards, columns: Sequence[str]) -> tuple[pd.DataFrame, dict[st
     kept["caption"] = kept["caption"].str.strip()
     counts = {"rows": len(rows), "left_out": left_out}
     return kept.drop(columns=["problem", "label_0", *UIDS], errors="ignore"), counts, examples
+
+
+def read_rows(shards: Shards, columns: Sequence[str]) -> pd.DataFrame:
+    """Small columns of all shards, several shards at a time; shard, group and place say where each row is."""
+    with ThreadPoolExecutor(SCANNERS) as threads:
+        tables = list(
+            track(
+                threads.map(lambda shard: _scan_shard(shards, shard, columns), range(len(shards.paths))),
+                "reading captions and labels",
+                total=len(shards.paths),
+                unit="shard",
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
 
 
 def _scan_shard(shards: Shards, shard: int, columns: Sequence[str]) -> pd.DataFrame:
@@ -196,7 +189,7 @@ def _scan_shard(shards: Shards, shard: int, columns: Sequence[str]) -> pd.DataFr
     return table
 
 
-def _problems(rows: pd.DataFrame) -> np.ndarray:
+def problems(rows: pd.DataFrame) -> np.ndarray:
     """Why a row is left out, "" where it is not."""
     label = rows["label_0"]
     empty = rows["caption"].isna() | (rows["caption"].astype(str).str.strip() == "")
