@@ -244,12 +244,31 @@ def _show(record: Mapping[str, Any], layout: str, output: Path | None) -> None:
 @click.command()
 @click.option("--suite", default="mini", show_default=True, help="A suite of `bench list suites`, or a YAML file.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for bench run.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Instead, score the examples that the scorers' authors published with the real weights, where those are.",
+)
+@click.option(
+    "--examples",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="With --verify: a folder of the examples' pictures.",
+)
+@click.option("--device", help="With --verify.  [default: cpu]")
 @as_json
-def doctor(suite: str, settings: tuple[str, ...], layout: str) -> None:
+def doctor(
+    suite: str, settings: tuple[str, ...], verify: bool, examples: Path | None, device: str | None, layout: str
+) -> None:
     """Say what is installed, and what a suite needs and lacks.
 
-    Exit status 1 when a file, disk space or memory is missing. Nothing is downloaded.
+    Exit status 1 when a file, disk space or memory is missing, or when an example was not verified. Nothing is
+    downloaded.
     """
+    if verify:
+        _verify(examples, device or "cpu", layout)
+        return
+    if examples or device:
+        raise UsageError(f"--{'examples' if examples else 'device'} goes with --verify")
     from bench.suites import load_suite
 
     chosen = load_suite(suite, settings)
@@ -259,3 +278,19 @@ def doctor(suite: str, settings: tuple[str, ...], layout: str) -> None:
     click.echo(json.dumps(found.record(), indent=1) if layout == "json" else practice.as_text(found))
     if found.problems:
         raise BenchError(f"suite {found.suite}: {'; '.join(found.problems)}")
+
+
+def _verify(folder: Path | None, device: str, layout: str) -> None:
+    from bench.scoring import verify_scorers
+
+    if folder and not folder.is_dir():
+        raise UsageError(f"--examples {folder}: no such folder")
+    verdicts = list(verify_scorers.verify(folder, device))
+    if layout == "json":
+        click.echo(json.dumps([one.record() for one in verdicts], indent=1))
+    else:
+        click.echo(verify_scorers.as_text(verdicts))
+    said = {"differs": "differs", "missing": "not verified"}
+    failed = [f"{one.metric} {said[one.state]}" for one in verdicts if one.state in said]
+    if failed:
+        raise BenchError(f"doctor --verify: {', '.join(failed)}")
