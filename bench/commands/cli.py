@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from bench import __version__
-from bench.commands import costs, search, store
+from bench.commands import agree, costs, search, store
 from bench.errors import BenchError, UsageError, did_you_mean, printable
 from bench.runtime import failures, processes
 
@@ -360,6 +360,7 @@ def score(
     from bench import registry
     from bench.scoring import official
     from bench.scoring import score as scoring
+    from bench.scoring.named import beyond_their_world
     from bench.storage import runs
 
     beside = backend == "official"
@@ -380,6 +381,8 @@ def score(
     if beside:
         protocol["official"] = official.compare(images, table, names, options, device, official_python)
     click.echo(scoring.truncation(protocol), err=True)
+    if warning := beyond_their_world(table.loc[table["problem"] == "", "prompt"], protocol["metrics"]):
+        click.echo(warning, err=True)
     if output:
         scoring.write(table, protocol, output)
     if layout == "json":
@@ -479,6 +482,7 @@ def sample(
     click.echo(str(output))
 
 
+cli.add_command(agree.agree)
 cli.add_command(store.verify)
 cli.add_command(costs.plan)
 cli.add_command(costs.perf)

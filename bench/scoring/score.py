@@ -25,6 +25,7 @@ from bench.errors import BenchError, UsageError, first_line, printable
 from bench.mini import MINI_WEIGHTS
 from bench.runtime.progress import track
 from bench.runtime.versions import versions
+from bench.scoring.named import columns_named, named
 from bench.storage.digests import content_digest
 from bench.storage.stages import atomic_write, fingerprint
 
@@ -366,9 +367,13 @@ def _decode(item: Item) -> Image.Image | None:
 
 
 def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
-    """Parquet with the protocol in the file's metadata (key "bench.protocol"), or CSV with it in a first comment."""
+    """Parquet with the protocol in the file's metadata (key "bench.protocol"), or CSV with it in a first comment.
+
+    In a CSV's header the checkpoint stands beside every name, "pickscore (mini)".
+    """
     if path.suffix == ".csv":
-        atomic_write(path, f"# bench.protocol: {json.dumps(protocol)}\n{table.to_csv(index=False)}")
+        shown = table.rename(columns=columns_named(protocol["metrics"], by="name"))
+        atomic_write(path, f"# bench.protocol: {json.dumps(protocol)}\n{shown.to_csv(index=False)}")
         return
     if path.suffix != ".parquet":
         raise UsageError(f"-o {path}: scores are written as .parquet or .csv")
@@ -384,9 +389,9 @@ def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:
 
 
 def truncation(protocol: Mapping[str, Any]) -> str:
-    """How many of the scored prompts each scorer read the beginning of only: "imagereward 40 (after 35 tokens)"."""
+    """How many of the prompts each scorer read the beginning of only: "imagereward (mini) 40 (after 35 tokens)"."""
     cut = [
-        f"{name} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
+        f"{named(name, info)} {info['truncated_prompts']} ({info.get('truncates', '?').removeprefix('prompts ')})"
         for name, info in protocol["metrics"].items()
         if info["truncated_prompts"]
     ]
@@ -396,11 +401,16 @@ def truncation(protocol: Mapping[str, Any]) -> str:
 def summary(table: pd.DataFrame, metrics: Sequence[str], protocol: Mapping[str, Any]) -> str:
     """Means and what was cut, then every problem on a line of its own."""
     lines = [f"{protocol['scored']} of {len(table)} images scored"]
+    shown = columns_named(protocol["metrics"])
+    width = max(map(len, shown.values()), default=0)
     for name in metrics:
         cut = protocol["metrics"].get(name, {}).get("truncated_prompts", 0)
         for column in (column for column in table if column == name or str(column).startswith(f"{name}/")):
             found = table[column].dropna()
-            lines.append(f"  {column:<18} mean {found.mean():.4f}  sd {found.std():.4f}  ({cut} prompts truncated)")
+            title = shown.get(column, str(column))
+            lines.append(
+                f"  {title:<{width}}  mean {found.mean():.4f}  sd {found.std():.4f}  ({cut} prompts truncated)"
+            )
     troubled = table[table["problem"] != ""]
     lines += [
         f"  {printable(row.file_name) or '(no image)'}: {printable(row.problem)}" for row in troubled.itertuples()

@@ -215,3 +215,27 @@ def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
     assert "1 of 4 images were not scored" in capsys.readouterr().err
     with pytest.raises(BenchError, match="no such folder"):
         score.collect(tmp_path / "nowhere", None)
+
+
+def test_no_miniature_passes_for_the_published_scorer(folder, tmp_path, monkeypatch, capsys):
+    """Its checkpoint stands beside its name in the terminal and in a CSV's header; other pictures bring a warning."""
+    prompts = write(tmp_path / "p.csv", ROWS)
+    monkeypatch.setattr(Brightness, "info", lambda self: {"version": "1", "checkpoint": "mini (0123456789ab)"})
+    common = (str(folder), "--prompts", str(prompts), "--metrics", "brightness")
+    assert run(*common, "-o", "s.csv") == 0
+    told = capsys.readouterr()
+    assert "  Brightness (mini)  mean " in told.out and "brightness (mini) 1 (?)" in told.err
+    assert told.err.splitlines()[-1].startswith("warning: Brightness (mini) know the drawn world alone, and 4 of 4")
+    assert list(pd.read_csv("s.csv", comment="#")) == ["file_name", "prompt", "brightness (mini)", "problem"]
+    named = {"version": "1", "checkpoint": "owner/name (0123456789ab)"}
+    monkeypatch.setattr(Brightness, "info", lambda self: named)
+    assert run(*common, "--set", "brightness.factor=2") == 0
+    told = capsys.readouterr()
+    assert "  Brightness (owner/name)  mean " in told.out and "warning" not in told.err
+
+
+def test_drawings_are_scored_with_miniatures_without_a_word(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Brightness, "info", lambda self: {"checkpoint": "mini (0123456789ab)"})
+    rows = [{**row, "prompt": "a small red star on a white background"} for row in ROWS]
+    assert run(str(folder), "--prompts", str(write(tmp_path / "p.csv", rows)), "--metrics", "brightness") == 0
+    assert "warning" not in capsys.readouterr().err
