@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -35,6 +36,8 @@ ROWS = {
     "SPIN-Diffusion-Iter3": ("spin", 3),
 }
 SETS = (("Pick-a-Pic", "pick"), ("PartiPrompts", "parti"), ("HPSv2", "hps"))
+WHAT = {"mean": "mean", "median": "median", "winrate": "win rate, %,"}
+NOTHING = Published(float("nan"), "", "", "", "")
 IMAGES, GUIDANCE = 5, 7.5  # the paper's protocol: best of five images at guidance 7.5
 
 
@@ -77,12 +80,10 @@ def available(runs: Runs) -> list[int]:
 
 def build(runs: Runs, number: int, guidance: float | None = None, protocol: str | None = None) -> PaperTable:
     """One of the paper's tables. guidance: default the suite's highest; protocol: default the paper's best."""
-    if number not in TABLES:
-        raise UsageError(f"--paper: no table {number}; there are {', '.join(map(str, TABLES))}")
+    kind = _kind(number)
     missing = _missing(runs, number)
     if missing:
         raise UsageError(f"--paper {number}: {missing}")
-    kind = TABLES[number]
     name = _prompt_set(runs, kind.prompts)
     scales = [scale for found, scale in runs.groups if found == name]
     scale = max(scales) if guidance is None else guidance
@@ -92,13 +93,34 @@ def build(runs: Runs, number: int, guidance: float | None = None, protocol: str 
     protocol = protocol or ("best" if len(scores.image_seeds) > 1 else "one")
     one_of(protocol, stats.PROTOCOLS, "--protocol")
     tidy = _cells(runs, number, (name, scale), protocol).assign(prompt_set=name, guidance=scale, protocol=protocol)
-    what = {"mean": "Mean", "median": "Median", "winrate": "Win rate, %,"}[kind.stat]
     over = f" over {_measured(runs)[kind.against]}, ties half," if kind.against else ""
     place = SETS[kind.prompts][0]
-    title = f"Table {number} of the paper: {what.lower()}{over} on prompt set {name}"
+    title = f"Table {number} of the paper: {WHAT[kind.stat]}{over} on prompt set {name}"
     if SETS[kind.prompts][1] not in name.casefold():
         title += f" (in the place of {place})"
     return PaperTable(number, title, tidy, _notes(runs, tidy, scores))
+
+
+def published_only(number: int) -> PaperTable:
+    """One of the paper's tables without any run: its published cells, as far as they are verified."""
+    kind, known = _kind(number), published()
+    rows = [
+        _row(number, row, "", metric, None, known.get((number, row, metric), NOTHING))
+        for metric in COLUMNS
+        for row in ROWS
+        if row != kind.against
+    ]
+    over = f" over {kind.against}" if kind.against else ""
+    place = SETS[kind.prompts][0]
+    title = f"Table {number} of the paper: {WHAT[kind.stat]}{over} on the prompts of {place}, as published"
+    tidy = pd.DataFrame(rows).assign(prompt_set="", guidance=float("nan"), protocol="")
+    return PaperTable(number, title, tidy, ["Measured: nothing; there is no run.", *_published_notes(tidy)])
+
+
+def _kind(number: int) -> Kind:
+    if number not in TABLES:
+        raise UsageError(f"--paper: no table {number}; there are {', '.join(map(str, TABLES))}")
+    return TABLES[number]
 
 
 def _missing(runs: Runs, number: int) -> str | None:
@@ -139,7 +161,6 @@ def _measured(runs: Runs) -> dict[str, str]:
 def _cells(runs: Runs, number: int, group: tuple[str, float], protocol: str) -> pd.DataFrame:
     kind, measured, known, scores = TABLES[number], _measured(runs), published(), group_scores(runs, group)
     against = measured[kind.against] if kind.against else None
-    nothing = Published(float("nan"), "", "", "", "")
     rows = []
     for metric in COLUMNS:
         found = {}
@@ -150,29 +171,37 @@ def _cells(runs: Runs, number: int, group: tuple[str, float], protocol: str) -> 
         for row, label in measured.items():
             if row == kind.against:
                 continue
-            cell, printed = found.get(label), known.get((number, row, metric), nothing)
-            scale = 100 if kind.stat == "winrate" else 1
+            printed = known.get((number, row, metric), NOTHING)
+            ahead = label in found and label in told.ahead
             rows.append(
-                {
-                    "table": number,
-                    "row": row,
-                    "model": label,
-                    "metric": metric,
-                    **{n: scale * getattr(cell, n, float("nan")) for n in ("value", "low", "high")},
-                    "n_prompts": getattr(cell, "n_prompts", 0),
-                    "n_seeds": getattr(cell, "n_seeds", 0),
-                    "speaks_of": told.speaks_of,
-                    "ahead": label in found and label in told.ahead,
-                    "stat": kind.stat,
-                    "against": against or "",
-                    "published": printed.value,
-                    "published_text": printed.text,
-                    "published_kind": printed.kind,
-                    "published_protocol": printed.protocol,
-                    "published_source": printed.source,
-                }
+                _row(number, row, label, metric, found.get(label), printed)
+                | {"speaks_of": told.speaks_of, "ahead": ahead, "against": against or ""}
             )
     return pd.DataFrame(rows)
+
+
+def _row(number: int, row: str, label: str, metric: str, cell: Any, printed: Published) -> dict[str, Any]:
+    """A cell of the tidy table: the estimate (None: not measured) beside the published value."""
+    stat = TABLES[number].stat
+    scale = 100 if stat == "winrate" else 1
+    return {
+        "table": number,
+        "row": row,
+        "model": label,
+        "metric": metric,
+        **{n: scale * getattr(cell, n, float("nan")) for n in ("value", "low", "high")},
+        "n_prompts": getattr(cell, "n_prompts", 0),
+        "n_seeds": getattr(cell, "n_seeds", 0),
+        "speaks_of": "",
+        "ahead": False,
+        "stat": stat,
+        "against": "",
+        "published": printed.value,
+        "published_text": printed.text,
+        "published_kind": printed.kind,
+        "published_protocol": printed.protocol,
+        "published_source": printed.source,
+    }
 
 
 def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
@@ -197,20 +226,24 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
     if gone and there:
         average = f"Average is that of {' and '.join(there)} alone" if len(there) > 1 else "so there is no Average"
         notes.append(f"Not measured: {', '.join(gone)}; {average}.")
+    notes += _published_notes(tidy)
+    differences = _differences(weights, first, images) if tidy["published"].notna().any() else []
+    if differences:
+        notes.append(f"Not comparable with the published values: {'; '.join(differences)}.")
+    return notes
+
+
+def _published_notes(tidy: pd.DataFrame) -> list[str]:
     printed = tidy[tidy["published"].notna()]
-    if len(printed):
-        notes.append(
-            f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
-            "Cells without one have no verified published value."
-        )
-        derived = printed[printed["published_kind"] != "verbatim"]
-        if len(derived):
-            notes.append("† derived: " + "; ".join(dict.fromkeys(derived["published_source"])) + ".")
-        differences = _differences(weights, first, images)
-        if differences:
-            notes.append(f"Not comparable with the published values: {'; '.join(differences)}.")
-    else:
-        notes.append("None of this table's published values could be verified, so none is shown.")
+    if printed.empty:
+        return ["None of this table's published values could be verified, so none is shown."]
+    notes = [
+        f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
+        "Cells without one have no verified published value."
+    ]
+    derived = printed[printed["published_kind"] != "verbatim"]
+    if len(derived):
+        notes.append("† derived: " + "; ".join(dict.fromkeys(derived["published_source"])) + ".")
     return notes
 
 

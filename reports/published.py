@@ -1,4 +1,4 @@
-"""Numbers that papers print, only where a readable source confirms them: `results/published.csv`."""
+"""Numbers that papers print, only where a readable source confirms them: `published.csv` beside this file."""
 
 from __future__ import annotations
 
@@ -28,12 +28,10 @@ class Published(NamedTuple):
 
 @lru_cache
 def published(paper: str = PAPER) -> dict[tuple[int, str, str], Published]:
-    """(table number, model as the paper names it, metric) -> its cell; empty where the file is not there.
+    """(table number, model as the paper names it, metric) -> its cell.
 
     Win rates are in per cent, as printed.
     """
-    if not FILE.is_file():
-        return {}
     rows = pd.read_csv(FILE, keep_default_na=False, dtype=str)
     found = {}
     for row in rows[rows["paper"] == paper].itertuples():

@@ -279,13 +279,21 @@ def table(
     from bench.reports import agreement, load, stats, tables
 
     tables.one_of(stat, (*stats.STATS, agreement.STAT), "--stat")
-    runs = load.load_runs([Path(name) for name in names] or None)
-    for problem in runs.problems:
-        click.echo(f"note: {problem}", err=True)
     if paper is not None:
         _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
         from bench.reports import paper as papers
 
+    try:
+        runs = load.load_runs([Path(name) for name in names] or None)
+    except BenchError as error:
+        if paper is None or names:
+            raise
+        click.echo(f"note: {error}", err=True)
+        click.echo(papers.render(papers.published_only(paper), layout).rstrip("\n"))
+        return
+    for problem in runs.problems:
+        click.echo(f"note: {problem}", err=True)
+    if paper is not None:
         shown = papers.render(papers.build(runs, paper, guidance, protocol), layout)
         click.echo(shown.rstrip("\n"))
         return
