@@ -52,9 +52,9 @@ def beyond_their_world(prompts: Iterable[str], infos: Mapping[str, Mapping[str, 
     if not others:
         return ""
     return (
-        f"warning: {', '.join(minis)} know the drawn world alone, and {len(others)} of {len(distinct)} prompts are not "
-        f"of it (such as '{printable(others[0], 40)}'): their numbers mean nothing there; --weights official reads the "
-        "published scorers"
+        f"warning: made for the drawn world alone: {', '.join(minis)}; {len(others)} of {len(distinct)} prompts are "
+        f"not of it (such as '{printable(others[0], 40)}'): their numbers mean nothing there; --weights official reads "
+        "the published scorers"
     )
 
 

@@ -75,6 +75,21 @@ def test_marked_is_what_no_model_of_the_setting_is_told_apart_above(runs: Runs) 
     assert "*" not in paper.render(unmarked, "text") and "**" not in paper.render(unmarked, "md").split("\n", 1)[1]
 
 
+@pytest.mark.parametrize("number", paper.TABLES)
+def test_without_runs_there_are_the_published_cells_and_no_others(number: int) -> None:
+    built = paper.published_only(number)
+    shown = {(number, row.row, row.metric): row.published for row in built.tidy.dropna(subset="published").itertuples()}
+    assert shown == {key: cell.value for key, cell in published().items() if key[0] == number}
+    assert built.tidy["value"].isna().all() and not built.tidy["ahead"].any() and "there is no run" in built.notes[0]
+    for format in tables.FORMATS:
+        rendered = paper.render(built, format)
+        assert all(cell.text in rendered for key, cell in published().items() if key[0] == number)
+
+
+def test_tables_have_the_same_columns_with_and_without_runs(runs: Runs) -> None:
+    assert list(paper.published_only(1).tidy) == list(paper.build(runs, 1).tidy)
+
+
 def test_win_rates_leave_their_baseline_out(runs: Runs) -> None:
     for number, gone in ((3, "SD-1.5"), (4, "Diffusion-DPO (reproduced)")):
         tidy = paper.build(runs, number).tidy

@@ -176,7 +176,7 @@ def test_the_command_prints_a_table_and_its_rows(tmp_path, capsys):
     spec = f"pickapic:{tmp_path / 'pick'}#test"
     status, out, err = run(capsys, spec, "--metrics", "redness", "--weights", "mini")
     assert status == 0 and "Redness (mini)" in out and "62.5 [" in out and "4 judgements of 4 prompts" in out
-    assert err.strip().splitlines()[-1].startswith("warning: Redness (mini) know the drawn world alone, and 4 of 4")
+    assert err.strip().splitlines()[-1].startswith("warning: made for the drawn world alone: Redness (mini); 4 of 4")
     status, out, _ = run(capsys, spec, "--metrics", "redness", "--weights", "official", "--format", "csv")
     rows = pd.read_csv(StringIO(out))
     assert rows["title"].tolist() == ["Redness (official)", "Blueness (official)"]

@@ -46,7 +46,7 @@ def test_the_drawn_worlds_prompts_need_no_warning() -> None:
 def test_other_prompts_are_counted_once_and_one_is_named() -> None:
     drawn = world.caption(world.Scene((world.Thing("small", "red", "star"),), "single", "white"))
     said = beyond_their_world([drawn, "a cat", "a cat", "\x1bdog"], {"pickscore": MINI, "darkness": {"title": "D"}})
-    assert said.startswith("warning: PickScore (mini) know the drawn world alone, and 2 of 3 prompts are not of it")
+    assert said.startswith("warning: made for the drawn world alone: PickScore (mini); 2 of 3 prompts are not of it")
     assert "'a cat'" in said and "--weights official" in said and "\n" not in said and "\x1b" not in said
     real = {"pickscore": {"checkpoint": "yuvalkirstain/PickScore_v1 (0123456789ab)"}}
     assert beyond_their_world(["a cat"], real) == ""

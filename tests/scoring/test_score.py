@@ -225,7 +225,7 @@ def test_no_miniature_passes_for_the_published_scorer(folder, tmp_path, monkeypa
     assert run(*common, "-o", "s.csv") == 0
     told = capsys.readouterr()
     assert "  Brightness (mini)  mean " in told.out and "brightness (mini) 1 (?)" in told.err
-    assert told.err.splitlines()[-1].startswith("warning: Brightness (mini) know the drawn world alone, and 4 of 4")
+    assert told.err.splitlines()[-1].startswith("warning: made for the drawn world alone: Brightness (mini); 4 of 4")
     assert list(pd.read_csv("s.csv", comment="#")) == ["file_name", "prompt", "brightness (mini)", "problem"]
     named = {"version": "1", "checkpoint": "owner/name (0123456789ab)"}
     monkeypatch.setattr(Brightness, "info", lambda self: named)
