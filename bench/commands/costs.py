@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from bench.commands.options import as_json
 from bench.errors import BenchError, UsageError
 
-as_json = click.option("--format", "layout", type=click.Choice(["text", "json"]), default="text", show_default=True)
 measured = click.option(
     "--format", "layout", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True
 )

@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from bench.data.images import IMAGE_SUFFIXES, READING, images_in, read_images
-from bench.data.tables import read_column, read_table
+from bench.data.tables import CAPTION_FILES, FILE_NAME, read_column, read_table
 from bench.errors import BenchError
 from bench.storage.stages import fingerprint
-
-CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl", "captions.csv", "prompts.csv")
 
 
 class Folder:
@@ -61,7 +59,7 @@ class Folder:
         table = next((self.folder / name for name in CAPTION_FILES if (self.folder / name).is_file()), None)
         if table is not None:
             rows = read_table(table)
-            return dict(zip(read_column(table, rows, ("file_name",)), read_column(table, rows), strict=True))
+            return dict(zip(read_column(table, rows, (FILE_NAME,)), read_column(table, rows), strict=True))
         texts = {name: (self.folder / name).with_suffix(".txt") for name in found}
         return {name: _caption(text) for name, text in texts.items() if text.is_file()}
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PROMPT_COLUMNS = ("prompt", "Prompt", "caption", "text")  # ours, PartiPrompts', and what metadata files often say
+FILE_NAME = "file_name"
+CAPTION_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl", "captions.csv", "prompts.csv")
 SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 

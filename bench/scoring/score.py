@@ -5,12 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import sqlite3
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,167 +17,21 @@ from PIL import Image
 
 from bench import registry
 from bench.data.depth import eight_bits
-from bench.data.images import IMAGE_SUFFIXES, images_in
 from bench.errors import BenchError, UsageError, first_line, printable
-from bench.mini import MINI_WEIGHTS
 from bench.runtime.progress import track
 from bench.runtime.versions import versions
 from bench.scoring.named import columns_named, named
-from bench.storage.digests import content_digest
+from bench.scoring.pairing import Item
+from bench.scoring.stored import Scores, identity
 from bench.storage.stages import atomic_write, fingerprint
 
 if TYPE_CHECKING:
     from bench.scoring.evaluate import Scorers
 
-PROMPT_COLUMNS = ("prompt", "text", "caption")  # "text" and "caption" are what metadata.jsonl files often say
-PROMPT_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "prompts.csv", "prompts.txt")
 DEFAULT = ("pickscore", "hpsv2", "imagereward", "aesthetic", "clip")  # of any picture; the judge knows one world only
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
 CHUNK = 256  # images in memory at a time, and as many being decoded
 THREADS = 8
-
-
-@dataclass
-class Item:
-    """One row of the output; `problem` says why it has no scores."""
-
-    file_name: str
-    path: Path
-    prompt: str
-    problem: str = ""
-    digest: str = ""
-
-
-# --- which image belongs to which prompt ---
-
-
-def collect(folder: Path, prompts: Path | None) -> list[Item]:
-    """Pair the images of a folder with a prompts file (by default one in the folder).
-
-    Rows with `file_name` are paired by it; a list of prompts alone belongs to the images in order of their names.
-    """
-    if not folder.is_dir():
-        raise BenchError(f"no such folder of images: {folder}")
-    prompts = prompts or next((folder / name for name in PROMPT_FILES if (folder / name).is_file()), None)
-    if prompts is None:
-        raise UsageError(f"--prompts is missing, and {folder} holds none of {', '.join(PROMPT_FILES)}")
-    table = _read_table(prompts)
-    found = images_in(folder)
-    if not found and "file_name" not in table:
-        raise BenchError(f"{folder}: no {', '.join(IMAGE_SUFFIXES)} files in it")
-    items = _by_name(folder, table, set(found)) if "file_name" in table else _in_order(folder, found, table["prompt"])
-    named = {item.file_name for item in items}
-    items += [Item(name, folder / name, "", "no prompt for this image") for name in found if name not in named]
-    for item in items:
-        if not item.problem and not item.prompt:
-            item.problem = "empty prompt"
-    return items
-
-
-def _by_name(folder: Path, table: pd.DataFrame, found: Container[str]) -> list[Item]:
-    items, seen = [], set()
-    for name, prompt in zip(table["file_name"], table["prompt"], strict=True):
-        problem = "" if name in found else _problem(folder, name)
-        items.append(Item(name, folder / name, prompt, "named twice" if name in seen else problem))
-        seen.add(name)
-    return items
-
-
-def _problem(folder: Path, name: str) -> str:
-    """What is wrong with a name in somebody's metadata, "" when it is that of a file in the folder."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        return "outside the folder"
-    try:
-        return "" if (folder / name).is_file() else "no such image"
-    except (OSError, ValueError):  # a name that no file can have
-        return "no such image"
-
-
-def _in_order(folder: Path, found: Sequence[str], prompts: Sequence[str]) -> list[Item]:
-    """Image by image in order of the names; prompts left over become rows without an image."""
-    items = [Item(name, folder / name, prompt) for name, prompt in zip(found, prompts, strict=False)]
-    return items + [Item("", folder, prompt, "no image for this prompt") for prompt in prompts[len(found) :]]
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """Columns prompt and, where the file has it, file_name; both text."""
-    if not path.is_file():
-        raise BenchError(f"prompts file not found: {path}")
-    readers = {
-        ".txt": lambda p: pd.DataFrame({"prompt": p.read_text(encoding="utf-8").splitlines()}),
-        ".csv": lambda p: pd.read_csv(p, dtype=str, keep_default_na=False),
-        ".parquet": pd.read_parquet,
-        ".jsonl": _read_jsonl,
-    }
-    if path.suffix not in readers:
-        raise UsageError(f"{path}: prompts are read from .txt, .csv, .jsonl or .parquet files")
-    try:
-        table = readers[path.suffix](path)
-    except (ValueError, OSError) as error:
-        raise BenchError(f"{path} cannot be read: {first_line(error)}") from error
-    column = next((name for name in PROMPT_COLUMNS if name in table), None)
-    if column is None:
-        raise BenchError(f"{path}: no column 'prompt'; found {', '.join(map(str, table.columns))}")
-    table = table.rename(columns={column: "prompt"})
-    wanted = [name for name in ("file_name", "prompt") if name in table]
-    return table[wanted].fillna("").astype(str).apply(lambda values: values.str.strip())
-
-
-def _read_jsonl(path: Path) -> pd.DataFrame:
-    """Without pandas' guesses: a prompt that looks like a number or a date stays as it was written."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return pd.DataFrame([json.loads(line) for line in lines if line.strip()])
-
-
-# --- scores of before ---
-
-
-class Scores:
-    """Scores by (image, prompt, scorer, protocol), and what scorers said of themselves, in one small database."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(path, timeout=60)
-        for table, kind in (("scores", "REAL"), ("truncated", "INTEGER"), ("scorers", "TEXT")):
-            self.database.execute(f"CREATE TABLE IF NOT EXISTS {table} (key TEXT PRIMARY KEY, value {kind})")
-
-    def close(self) -> None:
-        self.database.close()
-
-    def get(self, table: str, keys: Sequence[str]) -> list[Any]:
-        """The value of each key, None where there is none."""
-        query = (
-            f"SELECT {table}.value FROM json_each(?) AS asked LEFT JOIN {table} ON {table}.key = asked.value "
-            "ORDER BY asked.key"
-        )
-        return [value for (value,) in self.database.execute(query, (json.dumps(list(keys)),))]
-
-    def put(self, table: str, values: Mapping[str, Any]) -> None:
-        with self.database:
-            self.database.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", values.items())
-
-
-def identity(name: str, options: Mapping[str, Any], made_with: Mapping[str, str]) -> str:
-    """What a scorer's numbers depend on, as far as can be told without loading it.
-
-    Whatever option names a file or folder, weights or backbone, counts by its content; what lies in BENCH_WEIGHTS, of
-    which only a part may be read, by name, size and time. Weights that are in none of the folders come from the hub's
-    cache and count as their name.
-    """
-    named = [value for value in {"weights": "mini", **options}.values() if isinstance(value, str)]
-    roots = [MINI_WEIGHTS if value == "mini" else Path(value).expanduser() for value in named]
-    content = content_digest(file for root in roots if root.exists() for file in _files(root))
-    beside = Path(os.environ.get("BENCH_WEIGHTS") or os.devnull).expanduser()
-    state = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(beside))
-    return fingerprint([name, dict(options), content, state, made_with])
-
-
-def _files(root: Path) -> list[Path]:
-    return [path for path in ([root] if root.is_file() else root.glob("**/*")) if path.is_file()]
-
-
-# --- scoring ---
 
 
 def metric_options(names: Sequence[str], weights: str, settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -361,9 +212,6 @@ def _decode(item: Item) -> Image.Image | None:
     except Exception as error:  # Pillow raises errors of many kinds for broken files
         item.problem = f"broken image: {first_line(error)}"
         return None
-
-
-# --- output ---
 
 
 def write(table: pd.DataFrame, protocol: Mapping[str, Any], path: Path) -> None:

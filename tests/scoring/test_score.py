@@ -17,6 +17,7 @@ from bench.commands import cli
 from bench.errors import BenchError, UsageError
 from bench.metrics.base import Metric
 from bench.scoring import score
+from bench.scoring.pairing import collect
 
 
 class Brightness(Metric):
@@ -66,9 +67,7 @@ def folder(tmp_path) -> Path:
 
 
 def scored(folder: Path, prompts: Path | None = None, options: dict | None = None) -> tuple[pd.DataFrame, dict]:
-    return score.score_folder(
-        score.collect(folder, prompts), ["brightness"], options or {}, "cpu", Path("cache.sqlite")
-    )
+    return score.score_folder(collect(folder, prompts), ["brightness"], options or {}, "cpu", Path("cache.sqlite"))
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -107,7 +106,7 @@ def test_metadata_in_the_folder_is_found(folder):
     assert scored(folder)[0]["prompt"].tolist() == [row["prompt"] for row in ROWS]
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(UsageError, match="--prompts is missing"):
-        score.collect(folder, None)
+        collect(folder, None)
 
 
 def test_what_is_broken_is_named_and_the_rest_scored(folder, tmp_path):
@@ -151,7 +150,7 @@ def test_metadata_is_not_trusted(folder, tmp_path, capsys):
 def test_prompts_in_another_encoding_are_one_line_with_the_file(folder, tmp_path):
     (tmp_path / "p.txt").write_bytes(b"caf\xe9")
     with pytest.raises(BenchError, match=r"p.txt cannot be read: 'utf-8' codec"):
-        score.collect(folder, tmp_path / "p.txt")
+        collect(folder, tmp_path / "p.txt")
 
 
 @pytest.mark.parametrize(("count", "problem"), [(3, "no prompt for this image"), (5, "no image for this prompt")])
@@ -214,7 +213,7 @@ def test_mistakes_on_the_command_line(folder, tmp_path, capsys):
     assert run(*common, "--metrics", "brightness", "--strict") == 1
     assert "1 of 4 images were not scored" in capsys.readouterr().err
     with pytest.raises(BenchError, match="no such folder"):
-        score.collect(tmp_path / "nowhere", None)
+        collect(tmp_path / "nowhere", None)
 
 
 def test_no_miniature_passes_for_the_published_scorer(folder, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from torch import nn
 
 from bench.metrics.base import checkpoint_digest, weights_digest
 from bench.mini import MINI_WEIGHTS
-from bench.scoring import score
+from bench.scoring import stored
 from bench.storage import digests, runs
 
 
@@ -68,7 +68,7 @@ def test_a_scorer_of_bench_score_counts_every_path_it_is_given_by_content(tmp_pa
     path = backbone / "model.safetensors"
 
     def identity() -> str:
-        return score.identity("aesthetic", {"backbone": str(backbone)}, {})
+        return stored.identity("aesthetic", {"backbone": str(backbone)}, {})
 
     before, stat, content = identity(), path.stat(), bytearray(path.read_bytes())
     assert identity() == before
