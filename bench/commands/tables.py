@@ -48,7 +48,7 @@ def report(names: tuple[str, ...], output: Path, max_mb: float, layout: str) -> 
     "--stat",
     default="mean",
     show_default=True,
-    help="mean, median, winrate, or agreement: rank "
+    help="mean, median, winrate; seeds: the mean of each training seed, as csv or json; or agreement: rank "
     "correlations of the metrics with each other and with the judge, per image, per prompt, per model.",
 )
 @click.option(
@@ -84,9 +84,10 @@ def table(
     Runs are those of results/runs; intervals are 95 %, paired over prompts. Marked is what no model is told apart above
     and what is told apart above some.
     """
-    from bench.reports import agreement, load, stats, tables
+    from bench.reports import agreement, load, seeds, stats, tables
 
-    tables.one_of(stat, (*stats.STATS, agreement.STAT), "--stat")
+    of_its_own = {module.STAT: module for module in (agreement, seeds)}
+    tables.one_of(stat, (*stats.STATS, *of_its_own), "--stat")
     if paper is not None:
         _refuse_beside_paper(stat=stat != "mean", against=against, prompt_set=prompt_set, metrics=metrics)
         from bench.reports import paper as papers
@@ -106,11 +107,11 @@ def table(
         click.echo(shown.rstrip("\n"))
         return
     chosen = metrics.split(",") if metrics else None
-    if stat == agreement.STAT:
+    if stat in of_its_own:
         if against:
-            raise UsageError("--against does not go with --stat agreement: it compares metrics, not models")
-        tidy = agreement.table(runs, prompt_set, guidance, chosen, protocol)
-        click.echo(agreement.render(tidy, layout).rstrip("\n"))
+            raise UsageError(f"--against does not go with --stat {stat}: its rows compare with nothing else")
+        tidy = of_its_own[stat].table(runs, prompt_set, guidance, chosen, protocol)
+        click.echo(of_its_own[stat].render(tidy, layout).rstrip("\n"))
         return
     tidy = tables.table(runs, stat, against, prompt_set, guidance, chosen, protocol)
     if tidy["metric"].isin(stats.AVERAGES).any():

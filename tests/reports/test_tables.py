@@ -12,7 +12,7 @@ import pytest
 
 from bench.commands import cli
 from bench.errors import UsageError
-from bench.reports import layouts, significance, tables
+from bench.reports import layouts, seeds, significance, tables
 from bench.reports.load import Runs, load_runs
 from bench.reports.summary import summary
 
@@ -30,6 +30,25 @@ def test_values_are_those_of_the_scores(runs: Runs) -> None:
     assert row["value"] == pytest.approx(rows["value"].mean())
     assert row["low"] < row["value"] < row["high"]
     assert (row["n_prompts"], row["n_seeds"], tidy.loc["base", "n_seeds"]) == (60, 3, 1)
+
+
+def test_every_training_seed_by_itself_gives_the_means_of_the_table(runs: Runs) -> None:
+    rows = seeds.table(runs, "test", 3.0, ["clip"])
+    assert len(rows) == 1 + 5 * 3  # the base is not trained
+    assert rows.loc[rows["model"] == "base", "train_seed"].isna().all()
+    one = runs.scores.query(
+        "prompt_set == 'test' and guidance == 3 and metric == 'clip' and model == 'SPIN-1' and train_seed == 2"
+    )
+    row = rows.query("model == 'SPIN-1' and train_seed == 2").squeeze()
+    assert row["value"] == pytest.approx(one["value"].mean()) and row["n_prompts"] == 60
+    means = rows.groupby("model")[["value", "difference"]].mean()
+    table = tables.table(runs, "mean", None, "test", 3.0, ["clip"]).set_index("model")["value"]
+    gains = tables.table(runs, "mean", "base", "test", 3.0, ["clip"]).set_index("model")["value"]
+    pd.testing.assert_series_equal(means["value"].sort_index(), table.sort_index(), check_names=False)
+    pd.testing.assert_series_equal(means["difference"].dropna().sort_index(), gains.sort_index(), check_names=False)
+    assert seeds.render(rows, "csv").startswith("model,train_seed,prompt_set,guidance,metric,value,difference,")
+    with pytest.raises(UsageError, match="--format of --stat seeds: unknown 'text'; one of csv, json"):
+        seeds.render(rows, "text")
 
 
 def test_defaults_differences_and_win_rates(runs: Runs) -> None:
