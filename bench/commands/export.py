@@ -31,22 +31,9 @@ def export_run(name: str, iteration: int | None, output: Path, step: int | None 
     By default that is the end of an iteration, and of the last one trained; `step` names a checkpoint inside it.
     """
     run = runs.load(name)
-    trained = [result for result in run.results if (run.folder / result.name / "stage.json").exists()]
-    ends = [result for result in trained if result.end]
-    if not ends:
-        raise BenchError(f"{run.id} has no trained iteration yet; bench run --resume {run.id}")
-    iteration = ends[-1].iteration if iteration is None else iteration
-    inside = [result for result in trained if result.iteration == iteration]
-    if not inside:
-        raise UsageError(
-            f"{run.id} has no iteration {iteration}; it has {', '.join(str(result.iteration) for result in ends)}"
-        )
-    chosen = next((result for result in inside if (result.end if step is None else result.within == step)), None)
-    if chosen is None:
-        raise UsageError(
-            f"{run.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
-            f"{', '.join(str(result.within) for result in inside)}"
-        )
+    if run.method in run.suite.models:
+        raise UsageError(f"{run.id} trained nothing: {run.method} is {run.suite.models[run.method]}, as it was found")
+    chosen = run.trained(iteration, step)
     verify.expect_whole(run.folder, verify.result_damage(run.folder, chosen))
     with new_folder(output) as folder:
         pipe = models.load_pipeline(run.suite.model.weights)

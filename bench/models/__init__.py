@@ -58,8 +58,8 @@ def weights_folder(weights: str | Path) -> Path:
     folder = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
     if is_hub_id(str(weights)):
         return _hub_folder(str(weights))
-    index = _read_config(folder / "model_index.json", "a diffusers pipeline folder")
-    _expect_class(weights, index, StableDiffusionPipeline)
+    index = read_config(folder / "model_index.json", "a diffusers pipeline folder")
+    expect_class(weights, index, StableDiffusionPipeline)
     missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
     if missing:
         raise BenchError(
@@ -83,8 +83,8 @@ def weights_fingerprint(folder: str | Path) -> str:
 
 def resolution(folder: str | Path) -> int:
     """Pixels, width and height, of the images a pipeline was made for; read off its configuration files."""
-    unet = _read_config(Path(folder) / "unet" / "config.json", "a diffusers UNet folder")
-    vae = _read_config(Path(folder) / "vae" / "config.json", "a diffusers VAE folder")
+    unet = read_config(Path(folder) / "unet" / "config.json", "a diffusers UNet folder")
+    vae = read_config(Path(folder) / "vae" / "config.json", "a diffusers VAE folder")
     size = unet.get("sample_size")
     if not isinstance(size, int):
         raise BenchError(f"{folder}: expected a UNet for square latents, found sample_size {size}")
@@ -93,12 +93,23 @@ def resolution(folder: str | Path) -> int:
 
 def load_unet(folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet2DConditionModel:
     """Load a UNet saved in diffusers format, for instance `iter3/unet` of a run."""
-    config = _read_config(Path(folder) / "config.json", "a diffusers UNet folder")
-    _expect_class(folder, config, UNet2DConditionModel)
+    config = read_config(Path(folder) / "config.json", "a diffusers UNet folder")
+    expect_class(folder, config, UNet2DConditionModel)
     try:
-        return UNet2DConditionModel.from_pretrained(folder, local_files_only=True).to(dtype)
+        return in_own_memory(UNet2DConditionModel.from_pretrained(folder, local_files_only=True).to(dtype))
     except Exception as error:
         raise BenchError(f"{folder} does not load as a UNet2DConditionModel: {first_line(error)}") from error
+
+
+def in_own_memory(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """Give every weight memory of its own, which torch aligns to 64 bytes.
+
+    What safetensors reads lies anywhere in one block, by the length of the file's header, and on a CPU some kernels
+    round by where their operands begin: equal weights from two files would make images that differ in the last bits.
+    """
+    for weight in unet.parameters():
+        weight.data = weight.data.clone()
+    return unet
 
 
 def save_unet(unet: UNet2DConditionModel, folder: str | Path) -> None:
@@ -116,7 +127,7 @@ def save_unet(unet: UNet2DConditionModel, folder: str | Path) -> None:
 def _hub_folder(weights: str) -> Path:
     """Check the small index before anything large is fetched."""
     try:
-        _expect_class(weights, StableDiffusionPipeline.load_config(weights), StableDiffusionPipeline)
+        expect_class(weights, StableDiffusionPipeline.load_config(weights), StableDiffusionPipeline)
         return Path(StableDiffusionPipeline.download(weights, **UNUSED))
     except BenchError:
         raise
@@ -124,7 +135,7 @@ def _hub_folder(weights: str) -> Path:
         raise BenchError(f"{weights}: no such folder, and the hub failed: {first_line(error)}") from error
 
 
-def _read_config(path: Path, expected: str) -> dict[str, Any]:
+def read_config(path: Path, expected: str) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise BenchError(f"{path.parent}: no such folder (expected {expected})")
     try:
@@ -135,7 +146,7 @@ def _read_config(path: Path, expected: str) -> dict[str, Any]:
         raise BenchError(f"{path} is not valid JSON: {error}") from error
 
 
-def _expect_class(weights: str | Path, config: dict[str, Any], expected: type) -> None:
+def expect_class(weights: str | Path, config: dict[str, Any], expected: type) -> None:
     found = config.get("_class_name", "no _class_name")
     if found != expected.__name__:
         raise BenchError(f"{weights}: expected a {expected.__name__}, found {found}")

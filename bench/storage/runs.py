@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from bench.errors import BenchError, UsageError, did_you_mean, first_line, printable
 from bench.storage import locks
-from bench.storage.stages import atomic_write
+from bench.storage.stages import MARKER, atomic_write
 from bench.suites import Suite, stored_suite
 from bench.suites.keys import flat
 
@@ -66,7 +66,9 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What tables call the method; a variant goes by the name of its entry."""
+        """What tables call the method; a variant, or a model that was not trained here, goes by its entry's name."""
+        if self.method in self.suite.models:
+            return self.method
         variant = self.suite.kind(self.method) != self.method
         return self.method if variant else self.suite.method(self.method).title
 
@@ -78,6 +80,29 @@ class Run:
     def results(self) -> list[Result]:
         """What the run leaves besides the base, in the order in which it is made."""
         return results(self.suite, self.method, self.iterations)
+
+    def trained(self, iteration: int | None = None, step: int | None = None) -> Result:
+        """A result that is there: the end of an iteration, by default of the last; `step` names a checkpoint inside it.
+
+        Raises UsageError with those there are where there is no such one, BenchError where nothing is trained yet.
+        """
+        there = [result for result in self.results if (self.folder / result.name / MARKER).exists()]
+        ends = [result for result in there if result.end]
+        if not ends:
+            raise BenchError(f"{self.id} has no trained iteration yet; bench run --resume {self.id}")
+        iteration = ends[-1].iteration if iteration is None else iteration
+        inside = [result for result in there if result.iteration == iteration]
+        if not inside:
+            raise UsageError(
+                f"{self.id} has no iteration {iteration}; it has {', '.join(str(result.iteration) for result in ends)}"
+            )
+        chosen = next((result for result in inside if (result.end if step is None else result.within == step)), None)
+        if chosen is None:
+            raise UsageError(
+                f"{self.id} has no result after {step or 'all'} steps of iteration {iteration}; it has "
+                f"{', '.join(str(result.within) for result in inside)}"
+            )
+        return chosen
 
     def config(self) -> dict[str, Any]:
         """All that decides the result; config.json of the run's folder."""
@@ -91,7 +116,9 @@ class Run:
 
 
 def results(suite: Suite, method: str, iterations: int) -> list[Result]:
-    """What a method leaves of so many iterations, in the order in which it is made."""
+    """What a method leaves of so many iterations, in the order in which it is made; of a given model, itself."""
+    if method in suite.models:
+        return [Result(method, 1, 0, 0)]
     found, first = [], 0
     for iteration, settings in enumerate(suite.schedule(method, iterations), 1):
         found += [
@@ -172,7 +199,7 @@ def comparable(run: Run) -> list[Run]:
     """The finished runs of the same suite and seed, whatever their method."""
 
     def room(other: Run) -> tuple[int, Suite]:
-        return other.seed, other.suite.model_copy(update={"methods": {}, "search": None})
+        return other.seed, other.suite.model_copy(update={"methods": {}, "models": {}, "search": None})
 
     return [other for identity in ids() if finished(RUNS / identity) and room(other := load(identity)) == room(run)]
 
