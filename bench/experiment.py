@@ -78,6 +78,8 @@ def planned_iterations(method: str, suite: Suite, asked: int | None, only_self_p
 
     With `only_self_play` a method that does not play against itself keeps what the suite lists.
     """
+    if method in suite.models:
+        return 1
     listed = len(suite.schedule(method))
     if only_self_play and suite.method(method).pairing is not Pairing.SELF_PLAY:
         return listed
@@ -92,11 +94,9 @@ class Experiment:
 
     def __init__(self, run: Run, shared: Shared):
         self.run, self.shared, self.suite = run, shared, run.suite
-        self.processes, self.frozen, self.encoded = shared.processes, shared.frozen, shared.encoded
-        self.methods = [
-            build_method(run.suite.kind(run.method), settings)
-            for settings in run.suite.schedule(run.method, run.iterations)
-        ]
+        self.processes, self.frozen = shared.processes, shared.frozen
+        schedule = [] if run.method in run.suite.models else run.suite.schedule(run.method, run.iterations)
+        self.methods = [build_method(run.suite.kind(run.method), settings) for settings in schedule]
         self.ends: list[Weights] = [self.frozen.base]
         self.weights: dict[Result, Weights] = {BASE: self.frozen.base}
         self.opponents: dict[int, Stage] = {}
@@ -119,6 +119,7 @@ class Experiment:
             {
                 walk.Opponent: self.opponent,
                 walk.Training: lambda training: self.iterate(training, log_scalar),
+                walk.Given: self.take,
                 walk.Evaluation: lambda evaluation: self.evaluate(evaluation.result),
             },
         )
@@ -130,20 +131,20 @@ class Experiment:
     def opponent(self, span: walk.Opponent) -> Stage:
         """Let the reference make a loser for every pair this iteration will see; kept as latents."""
         settings, reference = self.suite.opponents(self.run.method), self.reference(span.iteration)
-        pairs = span.pairs(self.run.seed, len(self.encoded.pairs))
+        pairs = span.pairs(self.run.seed, len(self.shared.encoded.pairs))
         stage = Stage(
             self.run.folder / "stages" / f"opponent{span.iteration}",
             {
                 "weights": reference.key,
                 "dtype": self.suite.model.dtype,
-                "data": self.encoded.key,
+                "data": self.shared.encoded.key,
                 "pairs": fingerprint(pairs.tolist()),
                 "seed": self.run.seed,
                 "iteration": span.iteration,
                 **settings.model_dump(exclude={"batch_size"}),
             },
         )
-        rows = opponent_keys([self.encoded.pairs.prompts[pair] for pair in pairs], self.run.seed, span.iteration)
+        rows = opponent_keys([self.shared.encoded.pairs.prompts[pair] for pair in pairs], self.run.seed, span.iteration)
         batches = opponent_batches(rows, settings.batch_size)
         how = {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": settings.guidance}
         title = f"{self.run.method} {span.iteration}: opponent"
@@ -211,7 +212,7 @@ class Experiment:
                 "policy": self.ends[span.iteration - 1].key,
                 "reference": reference.key if reference else None,
                 "losers": opponent.hash if opponent else self.methods[span.iteration - 1].pairing.value,
-                "data": self.encoded.key,
+                "data": self.shared.encoded.key,
             },
         )
 
@@ -240,7 +241,7 @@ class Experiment:
         method, settings = self.methods[span.iteration - 1], self.train_settings(span)
         reference = self.reference(span.iteration)
         losers = self.losers(method, self.opponents.get(span.iteration))
-        data = TrainData(self.encoded.latents("winners"), losers, self.encoded.embeddings())
+        data = TrainData(self.shared.encoded.latents("winners"), losers, self.shared.encoded.embeddings())
 
         def amount(steps: int) -> dict[str, int]:
             pairs = steps * settings.batch_size
@@ -292,8 +293,8 @@ class Experiment:
         if method.pairing is Pairing.WINNER:
             return None
         if opponent is None:
-            return self.encoded.latents("losers")
-        return Drawn(opponent.directory, len(self.encoded.pairs))
+            return self.shared.encoded.latents("losers")
+        return Drawn(opponent.directory, len(self.shared.encoded.pairs))
 
     def record(self, stage: Stage, log_scalar: tracking.LogScalar) -> None:
         """Add a trained iteration to history.parquet, cost.json and sacred's metrics."""
@@ -307,6 +308,20 @@ class Experiment:
         if self.processes.main:
             write_table(self.run.folder / "history.parquet", pd.concat(self.history, ignore_index=True))
             write_cost(self.run, self.done, self.shared, self.inside)
+
+    def take(self, given: walk.Given) -> None:
+        """Put the UNet of a given model where that of an iteration would be, with the record of where it is from."""
+        source = self.shared.sources[self.run.method]
+        record = source.record()
+        made_from = {name: record[name] for name in ("kind", "files", "weight")}
+        stage = Stage(self.run.folder / given.result.name, {"model": made_from, "base": self.frozen.base.key})
+        if self.processes.once(lambda: not stage.ready()):
+            with timed(stage, self.processes, f"{given.result.name}/load") as folder:
+                if folder is not None:
+                    models.save_unet(source.load(self.frozen.base.folder.parent), folder / "unet")
+                    atomic_write(folder / "source.json", json.dumps(record, indent=1))
+        self.weights[given.result] = Weights(stage.directory / "unet", stage.hash)
+        self.done.append(stage.directory)
 
     def evaluate(self, result: Result) -> None:
         """Add a result's scores on every prompt set and guidance to scores.parquet, its images to the run."""
@@ -376,7 +391,7 @@ def save_result(policy: UNet2DConditionModel, folder: Path) -> None:
 def guidance_warnings(run: Run) -> list[str]:
     """What a reader who knows guidance from diffusers must be told of scales below 1."""
     used = {"evaluation.guidance": run.suite.evaluation.guidance}
-    if run.suite.method(run.method).pairing is Pairing.SELF_PLAY:
+    if run.method not in run.suite.models and run.suite.method(run.method).pairing is Pairing.SELF_PLAY:
         used["opponent.guidance"] = [run.suite.opponents(run.method).guidance]
     return [
         f"{key} {scale:g} is below 1: the prediction leans towards the empty prompt, where diffusers' pipelines "

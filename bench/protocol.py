@@ -43,7 +43,6 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
     }
     if is_random(run.suite.model.weights):
         model["remark"] = REMARK
-    method = run.suite.method(run.method)
     process = this_process(shared)
     before = _written(path)
     if before and before["model"] != model:
@@ -58,19 +57,9 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "method_title": run.title,
         "seed": run.seed,
         "iterations": run.iterations,
-        "schedule": [
-            {**iteration.model_dump(), **chosen}
-            for iteration, chosen in zip(
-                run.suite.schedule(run.method, run.iterations),
-                run.suite.resolved(run.method, run.iterations),
-                strict=True,
-            )
-        ],
-        "options": [option.record() for option in options.options(method).values()],
-        "signals": [asdict(signal) for signal in (*method.signals, *EVERY_TRAINING)],
+        **(_given(run, shared) if run.method in run.suite.models else _trained(run, shared)),
         "results": [result._asdict() for result in run.results],
         "model": model,
-        "data": {**shared.encoded.pairs.record(), "truncated": shared.encoded.truncated},
         "metrics": shared.evaluator.scorers.protocol(),
         "prompt_sets": {
             name: {"source": prompts.name, "count": len(prompts), "truncated": shared.evaluator.truncated[name]}
@@ -81,6 +70,23 @@ def write_protocol(run: Run, shared: Shared, warnings: Sequence[str] = ()) -> No
         "processes": [*before.get("processes", []), process],
     }
     atomic_write(path, json.dumps(record, indent=1))
+
+
+def _trained(run: Run, shared: Shared) -> dict[str, Any]:
+    """How a method trained, and on what."""
+    method, suite = run.suite.method(run.method), run.suite
+    schedule = zip(suite.schedule(run.method, run.iterations), suite.resolved(run.method, run.iterations), strict=True)
+    return {
+        "schedule": [{**iteration.model_dump(), **chosen} for iteration, chosen in schedule],
+        "options": [option.record() for option in options.options(method).values()],
+        "signals": [asdict(signal) for signal in (*method.signals, *EVERY_TRAINING)],
+        "data": {**shared.encoded.pairs.record(), "truncated": shared.encoded.truncated},
+    }
+
+
+def _given(run: Run, shared: Shared) -> dict[str, Any]:
+    """Where a model that was not trained here is from: how it was trained is its makers' word, and not known here."""
+    return {"schedule": [], "options": [], "signals": [], "given": shared.sources[run.method].record()}
 
 
 def write_warnings(run: Run, warnings: Sequence[str]) -> None:

@@ -9,9 +9,10 @@ import click
 
 from bench import models
 from bench.data import Source, load_pairs
-from bench.errors import UsageError
+from bench.errors import BenchError, UsageError
 from bench.methods.base import Pairing
 from bench.models.frozen import Frozen
+from bench.models.sources import resolve
 from bench.runtime.processes import Processes
 from bench.scoring.evaluation import Evaluator
 from bench.storage.runs import CACHE
@@ -21,48 +22,62 @@ from bench.training.recipe import make_accelerator, require_packages
 
 
 class Shared:
-    """The models, the data and the evaluation of a suite, for runs of `methods`.
+    """The models, the data and the evaluation of a suite, for runs of `methods`: entries of its methods or models.
 
     `common` holds the folders of what is made once for all runs, by name: in each is what making it cost.
     """
 
     def __init__(self, suite: Suite, methods: Sequence[str] = ()):
         self.suite = suite
-        for method in methods:
+        trained = [method for method in methods if method not in suite.models]
+        for method in trained:
             settings = suite.training(method)
             require_packages(settings.optimizer, settings.lora_rank)
         self.accelerator = make_accelerator(suite.train.precision)
         self.processes = Processes(self.accelerator)
         self.common: dict[str, Path] = {}
-        data = suite.data
         with self.processes.main_first():
             folder = models.weights_folder(suite.model.weights)
-            source = load_pairs(
-                data.pairs,
-                size=data.size,
-                seed=data.seed,
-                deduplicate=data.deduplicate,
-                resolution=models.resolution(folder),
-                cache=CACHE,
-            )
-        for method in methods:
+            self.sources = {name: resolve(suite.models[name]) for name in methods if name in suite.models}
+            source = self._open_pairs(folder) if trained or not methods else None
+        for method in trained:
             expect_data_for(suite, method, source)
         self.frozen = Frozen(folder, self.accelerator.device, suite.model.dtype)
         self.evaluator = Evaluator(suite, self.frozen, self.processes, self.common)
-        self.encoded = Encoded(suite, source, self.frozen, self.processes, self.common)
+        self._encoded = source and Encoded(suite, source, self.frozen, self.processes, self.common)
         if self.processes.main:
             self._announce()
 
+    @property
+    def encoded(self) -> Encoded:
+        """The training data; there is none where nothing is trained."""
+        if self._encoded is None:
+            raise BenchError(
+                f"suite {self.suite.name}: its training data were not loaded, for nothing was to be trained"
+            )
+        return self._encoded
+
+    def _open_pairs(self, folder: Path) -> Source:
+        data = self.suite.data
+        return load_pairs(
+            data.pairs,
+            size=data.size,
+            seed=data.seed,
+            deduplicate=data.deduplicate,
+            resolution=models.resolution(folder),
+            cache=CACHE,
+        )
+
     def _announce(self) -> None:
         """Say what was left out of the training data and cut off prompts; the same is in the protocol."""
-        record = self.encoded.pairs.record()
-        if record["left_out"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in record["left_out"].items())
-            click.echo(
-                f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used; left out: {reasons}",
-                err=True,
-            )
-        cut = {"training pairs": self.encoded.truncated, **self.evaluator.truncated}
+        cut = dict(self.evaluator.truncated)
+        if self._encoded:
+            record = self._encoded.pairs.record()
+            cut = {"training pairs": self._encoded.truncated, **cut}
+            if record["left_out"]:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in record["left_out"].items())
+                used = f"{self.suite.data.pairs}: {record['pairs']} of {record['rows']} rows used"
+                click.echo(f"{used}; left out: {reasons}", err=True)
         if any(cut.values()):
             told = ", ".join(f"{count} of {name}" for name, count in cut.items() if count)
             click.echo(

@@ -54,19 +54,31 @@ class Training(Span):
 
 
 @dataclass(frozen=True)
+class Given:
+    """A model that is compared as it is: its UNet, from wherever it is found, is put where those trained here are."""
+
+    result: Result
+    spec: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Samples and scores of one result, on every prompt set and at every guidance scale."""
 
     result: Result
 
 
-Stage = Opponent | Training | Evaluation
+Stage = Opponent | Training | Given | Evaluation
 
 
 def walk(suite: Suite, method: str, iterations: int) -> Iterator[Stage]:
     """The stages of one run; what all runs of a suite share, its encodings, is made before the first."""
     yield Evaluation(BASE)
     made, first = results(suite, method, iterations), 0
+    if method in suite.models:
+        yield Given(made[0], suite.models[method])
+        yield Evaluation(made[0])
+        return
     for number, settings in enumerate(suite.schedule(method, iterations), 1):
         samples = settings.steps * suite.training(method).batch_size
         if suite.method(method).pairing is Pairing.SELF_PLAY:

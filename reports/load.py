@@ -244,7 +244,8 @@ def _join(kept: list[dict], problems: list[str]) -> Runs:
     for run in twice["run"].unique():
         problems.append(f"{run}: repeats a method and seed of a newer run, which is the one used")
     scores = scores[~repeats].reset_index(drop=True)
-    history = pd.concat([run["history"] for run in kept], ignore_index=True)
+    trained = [run["history"] for run in kept if len(run["history"])]  # what was given as it is has no log
+    history = pd.concat(trained or [kept[0]["history"]], ignore_index=True)
     protocols = {run["id"]: run["protocol"] for run in kept}
     runs = Runs(
         scores,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from bench import __version__
-from bench.commands import agree, costs, images, run, search, store, tables
+from bench.commands import agree, costs, evaluate, images, run, search, store, tables
 from bench.errors import BenchError, UsageError, did_you_mean, printable
 from bench.runtime import failures, processes
 
@@ -42,6 +42,7 @@ def cli() -> None:
 
 for command in (
     run.run,
+    evaluate.evaluate,
     tables.report,
     tables.table,
     images.score,

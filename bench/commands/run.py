@@ -49,6 +49,11 @@ if TYPE_CHECKING:
     help="Go on with a run that was interrupted, as it was started; "
     "with --set metrics=[...] other scorers read the images that are there.",
 )
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Only what is not there yet: a finished run of the same settings counts, an unfinished one is gone on with.",
+)
 @click.option("--wait", is_flag=True, help="When another process works on the run, wait for it instead of leaving.")
 @click.option("--mongo", metavar="URL", help="Record the run in a MongoDB too, e.g. mongodb://host/database.")
 @click.option("--sql", metavar="URL", help="Record the run in an SQL database too, e.g. sqlite:///runs.db.")
@@ -60,6 +65,7 @@ def run(
     seed: int | None,
     settings: tuple[str, ...],
     resume: str | None,
+    once: bool,
     wait: bool,
     mongo: str | None,
     sql: str | None,
@@ -90,14 +96,17 @@ def run(
         if processes.index() == 0:
             with runs.held(resumed, wait):  # said before models are loaded and data encoded
                 pass
-        finished = _execute(resumed.suite, [resumed], mongo, sql, wait)
+        finished = execute_all(resumed.suite, [resumed], mongo, sql, wait)
     else:
         chosen = load_suite(suite or "mini", settings)
         if method is None:
             raise UsageError(f"--method is missing: all, or one of {', '.join(chosen.methods)}")
         plans = _planned(chosen, chosen.entries(method), seed or 0, iters, only_self_play=method == "all")
-        finished = _execute(chosen, plans, mongo, sql)
-    _compare(finished, layout)
+        there = {plan["method"]: _same(plan) if once else None for plan in plans}
+        left = [there[plan["method"]] or plan for plan in plans if not _done(there[plan["method"]])]
+        finished = [run for run in there.values() if run and _done(run)]
+        finished += execute_all(chosen, left, mongo, sql, wait) if left else []
+    compare(finished, layout)
 
 
 def _planned(
@@ -110,14 +119,36 @@ def _planned(
     plans = []
     for method in methods:
         count = planned_iterations(method, suite, iters, only_self_play)
-        if suite.methods[method].opponent and suite.method(method).pairing is not Pairing.SELF_PLAY:
+        entry = suite.methods.get(method)
+        if entry and entry.opponent and suite.method(method).pairing is not Pairing.SELF_PLAY:
             raise UsageError(f"methods.{method}.opponent: {suite.kind(method)} does not play against itself")
         plans.append({"method": method, "suite": suite, "seed": seed, "iterations": count})
     return plans
 
 
-def _execute(
-    suite: Suite, plans: Sequence[Run | dict[str, Any]], mongo: str | None, sql: str | None, wait: bool = False
+def _same(plan: dict[str, Any]) -> Run | None:
+    """The first run that was started with the same settings, if there is one."""
+    from bench.storage import runs
+
+    def settings(run: Run) -> dict[str, Any]:
+        return {name: value for name, value in run.config().items() if name != "run"}
+
+    wanted = settings(runs.Run("", **plan))
+    return next((run for run in map(runs.load, runs.ids()) if settings(run) == wanted), None)
+
+
+def _done(run: Run | None) -> bool:
+    from bench.storage import runs
+
+    return run is not None and runs.finished(run.folder)
+
+
+def execute_all(
+    suite: Suite,
+    plans: Sequence[Run | dict[str, Any]],
+    mongo: str | None = None,
+    sql: str | None = None,
+    wait: bool = False,
 ) -> list[Run]:
     """Run one after another; a run's folder is made when its turn comes."""
     from bench.experiment import Interrupted, execute
@@ -136,11 +167,8 @@ def _execute(
     for position, plan in enumerate(plans):
         current = shared.processes.once(partial(runs.create, **plan)) if isinstance(plan, dict) else plan
         if shared.processes.main:
-            click.echo(
-                f"{current.folder}: {current.method}, {current.iterations} iteration(s), suite "
-                f"{suite.name}, seed {current.seed}",
-                err=True,
-            )
+            what = "as it is" if current.method in suite.models else f"{current.iterations} iteration(s)"
+            click.echo(f"{current.folder}: {current.method}, {what}, suite {suite.name}, seed {current.seed}", err=True)
         try:
             execute(current, shared, mongo, sql, wait)
         except Interrupted as error:
@@ -151,7 +179,7 @@ def _execute(
     return finished
 
 
-def _compare(finished: list[Run], layout: str) -> None:
+def compare(finished: list[Run], layout: str) -> None:
     """Print how the runs just made compare with the other ones of their suite and seed; write the page."""
     from bench.storage import runs
 

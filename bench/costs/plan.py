@@ -66,11 +66,17 @@ class Plan:
 def plan(suite: Suite, methods: Sequence[str], iters: int | None = None, seed: int = 0) -> Plan:
     """Plan the runs `bench run` would make with the same arguments; latents and base samples are made once."""
     maker = Planner(suite, seed)
-    stages = [maker.encode(methods)]
+    trained = [name for name in methods if name not in suite.models]
+    stages = [maker.encode(trained)] if trained else []
     for name in methods:
         # as bench run does: with several methods, the number of iterations asked for is that of self-play
         for stage in walk.walk(suite, name, planned_iterations(name, suite, iters, len(methods) > 1)):
-            kinds = {walk.Opponent: maker.opponent, walk.Training: maker.train, walk.Evaluation: maker.remember}
+            kinds = {
+                walk.Opponent: maker.opponent,
+                walk.Training: maker.train,
+                walk.Given: maker.given,
+                walk.Evaluation: maker.remember,
+            }
             stages += walk.dispatch(stage, kinds)
     stages += [maker.sampling(), maker.scoring()]
     return Plan(suite.name, tuple(methods), tuple(stages), tuple(dict.fromkeys(maker.notes)))
@@ -208,6 +214,11 @@ class Planner:
             settings.precision,
         )
         return [made]
+
+    def given(self, given: walk.Given) -> list[StagePlan]:
+        """A model's UNet, read and kept in fp32; what must be fetched first is as large, or half of that."""
+        kept = memory.parameter_bytes(self.models.unet)
+        return [StagePlan(f"{given.result.method}: read", 1, "models", 0, 0, kept, "fp32")]
 
     def remember(self, evaluation: walk.Evaluation) -> list[StagePlan]:
         """Evaluations are added up: `sampling` and `scoring` are of all results together."""

@@ -130,7 +130,12 @@ class Suite(Section):
     metrics: list[str]
     metric_options: dict[str, dict[str, Any]] = {}
     methods: dict[str, Schedule] = Field(min_length=1)
+    models: dict[str, str] = {}  # compared as they are: where each is found (bench.models.sources)
     search: Search | None = Field(None, exclude=True)  # not among the settings that a run keeps
+
+    def checked(self, **changes: Any) -> Suite:
+        """The suite with other sections, looked at as one that is read from a file is."""
+        return _checked(self.model_copy(update=changes), "")
 
     def kind(self, entry: str) -> str:
         """The method that an entry of `methods` runs: the one it names, or the one of its own name."""
@@ -149,13 +154,15 @@ class Suite(Section):
         return [options.resolve(found, iteration.options) for iteration in self.schedule(entry, count)]
 
     def entries(self, asked: str) -> list[str]:
-        """The entries that `--method` asks for, one or all; refuses what is not known or has no settings.
+        """The entries that `--method` asks for, one or all, models too; refuses what is not known or has no settings.
 
         Of the other entries the options are looked at too, so that a mistake in one does not wait for its turn; an
         entry of a method that is not installed here is left to those who have it.
         """
-        names = list(self.methods) if asked == "all" else [asked]
+        names = [*self.methods, *self.models] if asked == "all" else [asked]
         for name in names:
+            if name in self.models:
+                continue
             registry.check("methods", self.kind(name))
             self.schedule(name)
         known = registry.names("methods")
@@ -293,13 +300,16 @@ def _validated(settings: dict[str, Any], source: str) -> Suite:
 
 def _checked(suite: Suite, source: str) -> Suite:
     """Refuse names that are no folder's, and what an entry of `methods` may not change in train and opponent."""
-    for kind, names in (("methods", suite.methods), ("evaluation.prompt_sets", suite.evaluation.prompt_sets)):
+    named = {"methods": suite.methods, "models": suite.models, "evaluation.prompt_sets": suite.evaluation.prompt_sets}
+    for kind, names in named.items():
         for name in names:
             if not NAME.fullmatch(name):
                 raise UsageError(
                     f"{source}{kind}.{printable(name, 80)}: an entry's name becomes part of a folder's "
                     "name: at most 64 letters, digits, - and _ only"
                 )
+    if both := [name for name in suite.models if name in suite.methods or name == "base"]:
+        raise UsageError(f"{source}models.{both[0]}: a method of the suite, or the base, has this name already")
     for entry in suite.methods:
         for section, changed in (("train", suite.training), ("opponent", suite.opponents)):
             try:

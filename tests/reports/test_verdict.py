@@ -203,7 +203,7 @@ def test_a_run_tells_programs_what_is_clear(
     folders = [Path(folder) for folder in methods(tmp_path / "runs").iterdir()]
     loaded = load_runs(folders)
     monkeypatch.setattr("bench.storage.runs.comparable", lambda run: [type("Run", (), {"folder": f}) for f in folders])
-    run._compare([type("Run", (), {"id": "one"})], "json")
+    run.compare([type("Run", (), {"id": "one"})], "json")
     told = json.loads(capsys.readouterr().out)
     assert told["headline"] == headline(verdicts(loaded)) and Path(told["page"]).exists()
     assert [(one["prompt_set"], one["guidance"]) for one in told["verdicts"]] == [("test", 3.0), ("test", 1.0)]
