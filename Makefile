@@ -34,15 +34,18 @@ quotes: $(STAMP)
 
 # Everything is in bench/suites/mini-measured.yaml but this: all 500 test prompts, and no others. The settings
 # come from `bench search`.
+# Stopped and started again it goes on; JOBS seeds at a time, each on one thread, so that no number depends on how many.
 SEEDS ?= 0 1 2 3 4 5 6 7
+JOBS ?= 2
 MEASURED := results/measured/mini_comparison.csv
 AGAINST := base SFT@100 SFT@267 SFT@300 SFT@800 Diffusion-DPO@200 Diffusion-DPO@300 SPIN-1 SPIN-2 SPIN-3 spin-g3-1 spin-g3-2
 measure: $(STAMP)
-	for seed in $(SEEDS); do $(BIN)/bench run --suite mini-measured --method all --iters 3 --seed $$seed \
-	  --set "evaluation.prompt_sets={test: {prompts: 'world:test'}}" || exit 1; done
+	printf '%s\n' $(SEEDS) | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I {} $(BIN)/bench run --suite mini-measured \
+	  --method all --iters 3 --once --wait --seed {} --set "evaluation.prompt_sets={test: {prompts: 'world:test'}}"
 	$(BIN)/bench table --format csv > $(MEASURED)
 	$(BIN)/bench table --format csv --stat winrate | tail -n +2 >> $(MEASURED)
 	for model in $(AGAINST); do $(BIN)/bench table --format csv --against $$model | tail -n +2 >> $(MEASURED); done
+	$(BIN)/bench table --format csv --stat seeds --metrics judge > results/measured/mini_seeds.csv
 	$(BIN)/bench table --format csv --stat agreement > results/measured/mini_agreement.csv
 	$(BIN)/python -m bench.mini.warrant results/runs/* -o results/measured/judge.csv
 	$(BIN)/python -c "import glob, json; read = lambda path: json.load(open(path)); \

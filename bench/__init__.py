@@ -7,4 +7,4 @@ for _library in ("TRANSFORMERS", "DIFFUSERS"):  # advice on packages left out on
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -74,6 +74,20 @@ def test_results_inside_a_training_killed_at_every_place_are_the_undisturbed_one
     assert set(rows["model"]) == {"base", "SFT@4", "SFT@6"} and set(rows["against"]) == {"SFT@2"}
 
 
+def test_once_is_no_second_run_and_goes_on_with_the_first(elsewhere, capsys):
+    line = "run --suite tiny.yaml --method sft --once"
+    place = r"/images/test/g3/iter1$"
+    killed_at = start(tiny_bench.__file__, *line.split(), TINY_BENCH_KILLED_BEFORE=json.dumps([place]))
+    assert killed_at.stdout.split() == [str(-signal.SIGKILL)], killed_at.stderr
+    (begun,) = runs.ids()
+    assert bench(line) == 0 and runs.ids() == [begun] and runs.finished(runs.RUNS / begun)
+    made = (runs.RUNS / begun / "run.json").stat().st_mtime_ns
+    assert bench(line) == 0 and runs.ids() == [begun]
+    assert (runs.RUNS / begun / "run.json").stat().st_mtime_ns == made
+    assert bench(f"{line} --seed 1") == 0 and len(runs.ids()) == 2
+    assert "Darkness" in capsys.readouterr().out
+
+
 def test_images_that_show_nothing_are_counted_in_terminal_protocol_and_tables(elsewhere, tiny_pipeline, capsys):
     pipe = copy.deepcopy(tiny_pipeline)
     pipe.vae.decoder.conv_out.bias.data.fill_(1e4)  # finite, and white all over
