@@ -39,9 +39,14 @@ class Network(nn.Module):
         self.mlp = nn.ModuleDict({"layers": head})
 
     def forward(self, image: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Rewards [B] for image vectors [B, 1 + P, D] and tokens [B, L]: (mlp(first text vector) - mean) / std."""
+        """Rewards [B] for image vectors [B, 1 + P, D] and tokens [B, L]: (mlp(first text vector) - mean) / std.
+
+        The head computes in fp32 whatever is around it: autocast would cast its inputs back, and a reward of bf16 has
+        steps of 1/256 of itself.
+        """
         read = self.blip["text_encoder"](tokens, mask, image).float()
-        return (self.mlp["layers"](read).squeeze(1) - MEAN) / STD
+        with torch.autocast(read.device.type, enabled=False):
+            return (self.mlp["layers"](read).squeeze(1) - MEAN) / STD
 
 
 class ImageReward(Metric):

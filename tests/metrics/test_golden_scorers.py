@@ -107,6 +107,16 @@ def test_imagereward(root):
         np.testing.assert_allclose(grid(metric), wanted, rtol=0, atol=1e-3)
 
 
+def test_imagerewards_head_is_fp32_under_autocast(root):
+    """Half of a bf16 reward's bits are zeros; here the processor's autocast stands for the GPU's that scores run in."""
+    metric = ImageReward.load(str(root / "imagereward"))
+    plain = grid(metric)
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = torch.from_numpy(grid(metric))
+    assert (rewards != rewards.bfloat16().float()).float().mean() > 0.9
+    assert 0 < np.abs(rewards.numpy() - plain).max() < 0.5  # the encoders did run in bf16
+
+
 def test_tokens_are_the_official_ones(root):
     """Also of prompts that are cut, and those that open_clip rewrites first (quotes, entities, full width)."""
     for style, path in (("open_clip", root / "h14" / "HPS_v2_compressed.pt"), ("transformers", root / "pickscore")):
