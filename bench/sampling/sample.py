@@ -195,14 +195,17 @@ def _denoise(
     context = context.to(unet.device, unet.dtype)
     if guided:
         context = torch.cat([null.to(context).expand_as(context), context])
-    solver.set_timesteps(steps)  # on the CPU: an index on the device would make every step wait for it
+    # The solver indexes its tables with the timestep, the UNet embeds it. On the device the first would wait for every
+    # step; of a timestep on the CPU the UNet makes a copy that waits, 50 a batch. So there is one for each.
+    solver.set_timesteps(steps)
+    on_device = solver.timesteps.to(unet.device)
     options = {}
     if isinstance(solver, DDPMScheduler):  # the one solver here that adds noise on the way
         options["generator"] = [torch.Generator().manual_seed(derive("sample-steps", *key)) for key in chosen]
     latents = initial_latents(chosen, latent_shape(unet)).to(unet.device) * solver.init_noise_sigma
-    for timestep in solver.timesteps:
+    for timestep, embedded in zip(solver.timesteps, on_device, strict=True):
         inputs = solver.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        prediction = unet(inputs.to(unet.dtype), timestep, encoder_hidden_states=context).sample.float()
+        prediction = unet(inputs.to(unet.dtype), embedded, encoder_hidden_states=context).sample.float()
         if guided:
             without, given = prediction.chunk(2)
             prediction = without + guidance * (given - without)

@@ -82,6 +82,19 @@ def test_guidance_of_one_costs_a_single_pass(guidance, rows):
     assert seen == [rows] * 3
 
 
+def test_the_network_gets_its_timesteps_from_the_device_and_the_solver_from_the_processor(scheduler, monkeypatch):
+    """On a device without data: whatever would have to wait for it fails there."""
+    unet, seen = make_unet().to("meta"), []
+    unet.register_forward_pre_hook(lambda _, inputs: seen.append(("network", inputs[1].device.type)))
+    solver = SCHEDULERS[scheduler](PIPE.scheduler.config)
+    step = solver.step
+    monkeypatch.setattr(solver, "step", lambda *a, **k: seen.append(("solver", a[1].device.type)) or step(*a, **k))
+    context = torch.zeros(2, 8, 16, device="meta")
+    made = sampling._denoise(unet, solver, context, context[0], [(1, "a"), (2, "b")], 3.0, 2)
+    assert made.device.type == "meta" and made.shape == (2, 4, 8, 8)
+    assert set(seen) == {("network", "meta"), ("solver", "cpu")}
+
+
 def test_another_unet_can_stand_in():
     torch.manual_seed(1)
     unet = make_unet()
