@@ -37,11 +37,13 @@ def index() -> int:
 
 
 def accelerator(mixed_precision: str) -> Accelerator:
-    """Bring the launch's processes together."""
+    """Bring the launch's processes together; what is said to compute in fp32 does so in all its bits."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
+    # left alone, a GPU's convolutions round their inputs to TF32's 10 bits and its matrix products do not
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     # without a GPU, accelerate lets every process run on its own unless it is told to use the CPU
     made = Accelerator(
         cpu=count() > 1 and not torch.accelerator.is_available(),
@@ -51,6 +53,13 @@ def accelerator(mixed_precision: str) -> Accelerator:
     if made.num_processes != count():
         raise BenchError(f"the launcher started {count()} processes, of which {made.num_processes} found each other")
     return made
+
+
+def tf32() -> dict[str, bool]:
+    """Whether a GPU's fp32 matrix products and convolutions are TF32's; for the record of a process."""
+    import torch
+
+    return {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolution": torch.backends.cudnn.allow_tf32}
 
 
 class Processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from typing import Any
@@ -81,10 +82,35 @@ def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings, device:
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)
+        optimizer = torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)
+        optimizer.register_load_state_dict_post_hook(_lay_out_moments)
+        return optimizer
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(trained, **options)
+    optimizer = AdamW8bit(trained, **options)
+    strides = [parameter.stride() for parameter in trained]
+    optimizer.register_step_post_hook(lambda *_: _lay_out_weights(trained, strides))
+    return optimizer
+
+
+def _lay_out_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments the memory layout of their parameters, values unchanged.
+
+    They come with the strides they were saved with, but fused AdamW walks parameter, gradient and moments as they lie
+    in memory: where the layouts differ, as between a GPU (channels last) and a processor, it pairs wrong elements.
+    Moments in 8 bits are no such case: bitsandbytes has both sides in NCHW order in every step, whatever the strides.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _lay_out_weights(trained: Sequence[nn.Parameter], strides: Sequence[tuple[int, ...]]) -> None:
+    """Undo what bitsandbytes does to weights in a step: it makes them contiguous, which loses channels last."""
+    for parameter, stride in zip(trained, strides, strict=True):
+        if parameter.stride() != stride:
+            parameter.data = parameter.data.new_empty_strided(parameter.shape, stride).copy_(parameter.data)
 
 
 def require_packages(optimizer: str, lora_rank: int | None) -> None:

@@ -125,6 +125,8 @@ class Loop:
             self.reference = Denoiser(frozen, prediction_type)
         if settings.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
+        if accelerator.scaler is not None:  # the accelerator's has the scale that the last training ended with
+            accelerator.scaler = torch.amp.GradScaler(device.type)
         trained = self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
         self.denoiser, self.optimizer = accelerator.prepare(
             Denoiser(unet, prediction_type), make_optimizer(trained, settings, device)
@@ -348,9 +350,16 @@ class Loop:
             self.ema.copy_to(self.trained)
 
     def close(self) -> None:
-        """Leave nothing of the training on the policy but its weights."""
+        """Leave nothing of the training on the policy but its weights, and nothing that keeps the policy.
+
+        The forward that accelerate puts on a model for mixed precision refers to the model: a cycle, which would hold
+        weights, gradients and optimizer on the device until Python happens to look for cycles.
+        """
         if self.settings.gradient_checkpointing:
             self.policy.disable_gradient_checkpointing()
+        plain = self.accelerator.unwrap_model(self.denoiser, keep_fp32_wrapper=False)
+        vars(plain).pop("forward", None)  # the class's own, bound to the model: a cycle too
+        del self.denoiser, self.optimizer, self.reference, plain
         self.accelerator.free_memory()
 
 

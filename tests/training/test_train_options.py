@@ -22,6 +22,7 @@ from bench.experiment import Experiment
 from bench.methods.diffusion_dpo import DiffusionDPO
 from bench.methods.sft import SFT
 from bench.models import adapters, load_unet
+from bench.runtime.processes import tf32
 from bench.shared import Shared
 from bench.storage import runs
 from bench.suites import load_suite
@@ -226,6 +227,15 @@ def make_accelerator_for_cpu(precision: str):
 
     AcceleratorState._reset_state()
     return make_accelerator(precision)
+
+
+def test_fp32_is_that_of_matrix_products_and_of_convolutions(make_accelerator):
+    """torch's own defaults differ: TF32 for the second alone."""
+    torch.backends.cudnn.allow_tf32 = True
+    make_accelerator()
+    assert tf32() == {"matmul": False, "convolution": True}
+    make_accelerator_for_cpu("fp32")
+    assert tf32() == {"matmul": False, "convolution": False}
 
 
 @pytest.mark.gpu
