@@ -103,14 +103,10 @@ def perf() -> None:
     show_default=True,
     help="Pairs (SFT: images) per optimizer step, for both.",
 )
-@click.option("--micro-batch", type=click.IntRange(min=1), help="Of ours.  [default: the batch]")
+@click.option("--micro-batch", type=click.IntRange(min=1), help="Of ours.  [default: what fits the memory]")
 @click.option("--baseline-micro-batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=5,
-    show_default=True,
-    help="Optimizer steps in one measurement; each of ours starts with a new optimizer.",
+    "--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Optimizer steps in one measurement."
 )
 @repeated
 @measured

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from bench import models, registry
-from bench.costs import cost
+from bench.costs import cost, memory
 from bench.experiment import build_method
 from bench.methods.base import Method, Pairing
 from bench.perf import compared, interleave, matmul_flops, protocol
@@ -24,9 +27,10 @@ from bench.sampling.sample import latent_shape
 from bench.storage.cache import encode_images, encode_prompts
 from bench.suites import Iteration, options
 from bench.training.recipe import TrainSettings, make_accelerator
-from bench.training.train import TrainData, train
+from bench.training.train import Loop, TrainData
 
 SEED, LR, BETA = 0, 1e-8, 2000.0  # a rate that leaves the weights as they are, however long one measures
+USED = 0.8  # of the free memory: what the allocator wastes and the libraries' workspaces come on top
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,9 @@ class Setting:
     methods: tuple[str, ...] = ("spin", "sft")
     precision: str = "fp32"
     batch_size: int = 32
-    micro_batch: int | None = None  # None: all of the batch
+    micro_batch: int | None = None  # None: the largest part of the batch that fits the memory (costs/memory.py)
     baseline_micro_batch: int = 1
-    steps: int = 5  # optimizer steps in one measurement; each of ours starts with a new optimizer
+    steps: int = 5  # optimizer steps in one measurement
     repeats: int = 5
 
 
@@ -49,7 +53,6 @@ def measure(setting: Setting) -> dict[str, Any]:
     device, dtype = accelerator.device, models.DTYPES[setting.precision]
     pipe = models.load_pipeline(setting.model, device, dtype)
     rows = [_measure(name, setting, pipe, accelerator) for name in setting.methods]
-    micro = setting.micro_batch or setting.batch_size
     return {
         "protocol": protocol(
             device,
@@ -57,7 +60,6 @@ def measure(setting: Setting) -> dict[str, Any]:
             model=setting.model,
             precision=setting.precision,
             batch_size=setting.batch_size,
-            micro_batch=micro,
             baseline_micro_batch=setting.baseline_micro_batch,
             optimizer_steps=setting.steps,
             repeats=setting.repeats,
@@ -78,12 +80,14 @@ def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, acceler
     method = build_method(name, Iteration(steps=1, lr=LR, **own))
     paired, device, dtype = method.pairing is not Pairing.WINNER, accelerator.device, models.DTYPES[setting.precision]
     images, prompts = _batch(pipe, setting.batch_size, sides=2 if paired else 1)
-    work = {
-        "ours": _ours(method, setting, pipe, images, prompts, accelerator),
-        "baseline": _baseline(paired, setting, pipe, images, prompts, dtype),
-        "matmul": matmul_flops(device, dtype),
-    }
-    rates = interleave(work, setting.repeats, device, f"{name}: ours, baseline, matmul")
+    micro_batch = setting.micro_batch or _largest_micro_batch(method, setting, pipe, device)
+    with _ours(method, setting, micro_batch, pipe, images, prompts, accelerator) as ours:
+        work = {
+            "ours": ours,
+            "baseline": _baseline(paired, setting, pipe, images, prompts, dtype),
+            "matmul": matmul_flops(device, dtype),
+        }
+        rates = interleave(work, setting.repeats, device, f"{name}: ours, baseline, matmul")
     per_sample = _floor(method, pipe)
     row = compared(rates, "ours", "baseline", "pairs_per_s")
     peak = statistics.median(rates["matmul"])
@@ -96,7 +100,7 @@ def _measure(name: str, setting: Setting, pipe: StableDiffusionPipeline, acceler
         "gflop_per_pair": per_sample / 1e9,
         "matmul_gflop_per_s": peak / 1e9,
     }
-    return {"method": name, **row}
+    return {"method": name, **row, "micro_batch": micro_batch}
 
 
 def _floor(method: Method, pipe: StableDiffusionPipeline) -> int:
@@ -116,15 +120,40 @@ def _batch(pipe: StableDiffusionPipeline, size: int, sides: int) -> tuple[list[n
     return images, [f"a large red circle above {number} small blue squares" for number in range(size)]
 
 
+def _largest_micro_batch(method: Method, setting: Setting, pipe: StableDiffusionPipeline, device: torch.device) -> int:
+    """What fits beside the baseline, of whose step everything but the activations stays, in the memory there is."""
+    sides = 1 if method.pairing is Pairing.WINNER else 2
+
+    def needed(samples: int) -> int:
+        return memory.training_bytes(
+            pipe.unet,
+            latent_shape(pipe.unet),
+            pipe.tokenizer.model_max_length,
+            sides * samples,
+            dtype=setting.precision,
+            reference=method.needs_reference,
+            accumulate=samples < setting.batch_size,
+        )
+
+    budget = USED * memory.free_bytes(device) - needed(setting.baseline_micro_batch)
+    return memory.fitting_micro_batch(needed, setting.batch_size, budget)
+
+
+@contextmanager
 def _ours(
     method: Method,
     setting: Setting,
+    micro_batch: int,
     pipe: StableDiffusionPipeline,
     images: list[np.ndarray],
     prompts: list[str],
     accelerator: Accelerator,
-):
-    """Work for `interleave`: the shared loop, encoding done beforehand as in a run."""
+) -> Iterator[Callable[[], float]]:
+    """Work for `interleave`: the shared loop, encoding done beforehand as in a run.
+
+    It is one training that goes on from one measurement to the next, as the baseline's does: a new one each time would
+    empty the device's memory before it, and pay for allocating it again.
+    """
     with quiet():
         latents = [encode_images(pipe.vae, lambda rows, side=side: side[list(rows)], len(side)) for side in images]
         embeddings = encode_prompts(pipe, prompts)
@@ -132,20 +161,26 @@ def _ours(
     policy = copy.deepcopy(pipe.unet).float()
     reference = copy.deepcopy(policy) if method.needs_reference else None
     settings = TrainSettings(
-        steps=setting.steps,
+        steps=setting.steps * (setting.repeats + 1),
         lr=LR,
         batch_size=setting.batch_size,
-        micro_batch=setting.micro_batch or setting.batch_size,
+        micro_batch=micro_batch,
         log_every=setting.steps,
         precision=setting.precision,
         stop_on_collapse=False,
     )
+    loop, steps = Loop(policy, reference, method, data, settings, pipe.scheduler, SEED, accelerator, None), count()
 
     def run() -> float:
-        train(policy, reference, method, data, settings, pipe.scheduler, SEED, accelerator)
+        for step in islice(steps, setting.steps):
+            loop.step(step)
+        loop.log(step)
         return setting.steps * setting.batch_size
 
-    return run
+    try:
+        yield run
+    finally:
+        loop.close()
 
 
 def _baseline(

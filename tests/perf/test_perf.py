@@ -9,11 +9,14 @@ import math
 import pytest
 import tiny_bench
 import torch
+from accelerate import Accelerator
 
 from bench import perf, registry
 from bench.commands import cli
-from bench.costs import cost
+from bench.costs import cost, memory
 from bench.perf.baseline import Baseline, Recipe, preference_loss
+from bench.perf.train import Setting, measure
+from bench.training.train import Loop
 
 PROMPTS = ["a red cat", "a cat"]
 
@@ -83,6 +86,20 @@ def test_perf_train(tiny_pipeline_folder, tmp_path, capsys, monkeypatch):
     assert json.loads(first[0].removeprefix("# bench.protocol: ")) == record["protocol"]
     assert first[1].startswith("method,pairs_per_s,pairs_per_s_baseline,ratio,")
     assert record["protocol"]["device"].startswith("cpu")
+
+
+def test_ours_goes_on_from_one_measurement_to_the_next_in_micro_batches_that_fit(tiny_pipeline_folder, monkeypatch):
+    """Freeing the device's memory in between would charge ours with allocating it again, and the baseline not."""
+    freed, steps = [], []
+    step = Loop.step
+    monkeypatch.setattr(Accelerator, "free_memory", lambda self, *_: freed.append(len(steps)))
+    monkeypatch.setattr(Loop, "step", lambda self, number: steps.append(number) or step(self, number))
+    monkeypatch.setitem(perf.MATMUL, "cpu", 64)
+    fits = Setting(str(tiny_pipeline_folder), ("sft",), batch_size=4, steps=2, repeats=2)
+    (row,) = measure(fits)["rows"]
+    assert (freed, steps, row["micro_batch"]) == ([6], [0, 1, 2, 3, 4, 5], 4)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    assert measure(fits)["rows"][0]["micro_batch"] == 1
 
 
 def test_perf_sample(tiny_pipeline_folder, capsys):
