@@ -9,9 +9,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
@@ -19,10 +20,15 @@ from bench.errors import BenchError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)  # the longest that the others wait while one encodes a data set or scores images
+# The longest that the others wait while one encodes a data set or writes: on a group of its own, over sockets.
+PATIENCE = timedelta(hours=12)
+# The longest that gradients of one process wait for those of another: a hang costs all their devices. Between two
+# exchanges lie a micro-batch, its data off a disk that may stall, and once some minutes of compiling.
+EXCHANGE = timedelta(minutes=15)
 SEEN_WITHIN = 120.0  # seconds after which a shared file system must show one host what another one wrote
 
 
@@ -48,10 +54,12 @@ def accelerator(mixed_precision: str) -> Accelerator:
     made = Accelerator(
         cpu=count() > 1 and not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=EXCHANGE)],
     )
     if made.num_processes != count():
         raise BenchError(f"the launcher started {count()} processes, of which {made.num_processes} found each other")
+    if made.num_processes > 1:
+        _patient()  # made now, while nobody is late
     return made
 
 
@@ -78,21 +86,33 @@ class Processes:
 
         Whatever depends on the clock or on files is decided this way: two hosts may see different things.
         """
-        from accelerate.utils import broadcast_object_list
+        if self.count == 1:
+            return call()
+        import torch.distributed as dist
 
-        return broadcast_object_list([call() if self.main else None])[0]
+        found = [call() if self.main else None]
+        dist.broadcast_object_list(found, group=_patient())
+        return found[0]
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of a list that all have."""
         return items[self.index :: self.count]
 
     def wait(self) -> None:
-        """Go on when all have come here."""
-        self.accelerator.wait_for_everyone()
+        """Go on when all have come here, however long one of them takes."""
+        if self.count > 1:
+            import torch.distributed as dist
 
-    def main_first(self) -> AbstractContextManager[None]:
+            dist.barrier(group=_patient())
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
         """Let the main process make what the others then find."""
-        return self.accelerator.main_process_first()
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
 
     def expect(self, seen: Callable[[], bool], folder: Path) -> None:
         """Wait until this process sees what another one has written into `folder`."""
@@ -109,6 +129,17 @@ class Processes:
         """Take leave of the others; what follows is done by each on its own."""
         if self.count > 1:
             self.accelerator.end_training()
+
+
+@cache
+def _patient() -> ProcessGroup:
+    """The group in which processes wait for each other; all must ask for it at the same point, as for all it does.
+
+    Of sockets: a wait on the devices' own group is an exchange like any other, and ends when EXCHANGE does.
+    """
+    import torch.distributed as dist
+
+    return dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 def lost(error: Exception) -> bool:

@@ -20,6 +20,7 @@ from bench.errors import BenchError, UsageError, did_you_mean
 from bench.methods.base import Errors, Facts, Method, Pairing
 from bench.methods.signals import LOSS, WINNER_ERROR
 from bench.models import adapters, load_unet, save_unet
+from bench.runtime.processes import Processes
 from bench.runtime.progress import track
 from bench.training.batches import Batch, TrainData, facts, micro_batches, sample_order
 from bench.training.checkpoint import Checkpoints, load_state, save_state
@@ -114,7 +115,7 @@ class Loop:
         flops_per_sample: float | None,
     ):
         self.policy, self.method, self.data, self.settings, self.seed = policy, method, data, settings, seed
-        self.accelerator = accelerator
+        self.accelerator, self.processes = accelerator, Processes(accelerator)
         self.paired = method.pairing is not Pairing.WINNER
         device, prediction_type = accelerator.device, noise_scheduler.config.prediction_type
         self.alpha_bar = noise_scheduler.alphas_cumprod.to(device, torch.float32)
@@ -128,6 +129,7 @@ class Loop:
         if accelerator.scaler is not None:  # the accelerator's has the scale that the last training ended with
             accelerator.scaler = torch.amp.GradScaler(device.type)
         trained = self.trained = [weight for weight in policy.parameters() if weight.requires_grad]
+        self.processes.wait()  # models may come from a busy disk; from here on processes wait for exchanges only
         self.denoiser, self.optimizer = accelerator.prepare(
             Denoiser(unet, prediction_type), make_optimizer(trained, settings, device)
         )
@@ -283,7 +285,7 @@ class Loop:
                         "scaler": scaler.state_dict() if scaler is not None else None,
                     },
                 )
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
 
     def _finite(self, totals: dict[str, list[float]]) -> bool:
@@ -301,7 +303,7 @@ class Loop:
         if self.accelerator.is_main_process:
             with self._averaged():
                 keep(step, self.earlier + began - self.started)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
 
     def expect_finite(self, step: int) -> None:

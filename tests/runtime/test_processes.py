@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from tiny import make_unet
 
 from bench.methods.diffusion_dpo import DiffusionDPO
 from bench.models import load_unet
+from bench.runtime import processes
 from bench.training.train import train
 
 TESTS = Path(__file__).parents[1]
@@ -87,3 +89,11 @@ def test_a_mistake_is_one_line_whatever_the_number_of_processes(tmp_path):
     assert process.returncode == 1  # torchrun's; its own report names the process and its exit status, 2
     (line,) = [line for line in said.splitlines() if line.startswith("bench: ")]
     assert "unknown method 'spinn'" in line
+
+
+def test_gradients_are_waited_for_minutes_and_all_else_for_hours():
+    """A hang of one process must not cost the others half a day, nor its long work their exchange."""
+    assert processes.EXCHANGE < timedelta(hours=1) < processes.PATIENCE
+    said, errors = launch(0, free_port(), str(TESTS / "late.py")).communicate(timeout=300)
+    assert said.count("all waits were patient") == 2, errors
+    assert "gave up: lost True, in time True" in said, errors
