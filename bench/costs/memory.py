@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from bench.models import DTYPES, adapters
+from bench.models.chunks import rows_at_once
 
 MOMENTS = {"adamw": 2.0, "adamw8bit": 0.5}  # bytes of AdamW's two moments over those of the fp32 weights
 
@@ -134,6 +135,7 @@ def unet_bytes(unet: ModelMixin, latent_shape: tuple[int, int, int], tokens: int
 def vae_bytes(vae: ModelMixin, latent_shape: tuple[int, int, int], rows: int, dtype: str) -> tuple[int, int]:
     """What encoding and decoding `rows` images at once hold at most, the weights not counted."""
     channels, height, width = latent_shape
+    rows = min(rows, rows_at_once(vae, height, width))
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     image = (rows, vae.config.in_channels, height * scale, width * scale)
 

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusi
 from torch import Tensor
 
 from bench.errors import BenchError, UsageError, did_you_mean
+from bench.models.chunks import chunks
 from bench.runtime.progress import track
 from bench.runtime.seeding import derive, normal
 from bench.storage.cache import encode_image_batch, encode_prompt_batch
@@ -217,7 +218,8 @@ def _denoise(
 def _decode(pipe: StableDiffusionPipeline, latents: Tensor) -> Tensor:
     """Latents as the UNet sees them to pixels fp32 `[B, 3, H, W]`, from about -1 to 1."""
     vae = pipe.vae
-    return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+    scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+    return torch.cat([vae.decode(rows).sample.float() for rows in chunks(vae, scaled, *scaled.shape[-2:])])
 
 
 def _eight_bits(pixels: Tensor) -> np.ndarray:

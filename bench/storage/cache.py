@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from bench.models.chunks import chunks
 from bench.runtime.progress import track
 from bench.storage.shards import ALONE, Rows, Share, Store, ahead
 from bench.storage.stages import fingerprint
@@ -143,8 +144,10 @@ def _distinct(prompts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 def encode_image_batch(vae: AutoencoderKL, images: np.ndarray) -> np.ndarray:
     """One batch of `encode_images`: uint8 `[B, H, W, 3]` to fp32 `[B, C, h, w]`."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(vae.device).permute(0, 3, 1, 2)
-    posterior = vae.encode((pixels.float() / 127.5 - 1).to(vae.dtype)).latent_dist
-    return (posterior.mode().float() * vae.config.scaling_factor).cpu().numpy()
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    parts = chunks(vae, pixels, *(side // scale for side in pixels.shape[-2:]))
+    posteriors = [vae.encode((part.float() / 127.5 - 1).to(vae.dtype)).latent_dist for part in parts]
+    return (torch.cat([one.mode() for one in posteriors]).float() * vae.config.scaling_factor).cpu().numpy()
 
 
 @torch.inference_mode()
