@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.errors import BenchError, first_line
-from bench.runtime.hub import is_hub_id
+from bench.runtime.hub import is_hub_id, outlast
 from bench.storage.stages import fingerprint
 
 SPLITS = ("train", "validation", "test", "validation_unique", "test_unique")  # Pick-a-Pic's
@@ -30,11 +31,12 @@ class Shards:
     def __init__(self, source: str, split: str):
         self.source, self.split = source, split
         path = Path(source).expanduser()
+        self.on_hub = not path.exists() and is_hub_id(source)
         if path.exists():
             self.files: Any = fsspec.filesystem("file")
             found = {file.relative_to(path).as_posix(): str(file) for file in sorted(path.rglob("*.parquet"))}
             self.paths = [str(path)] if path.is_file() else _of_split(source, split, found)
-        elif is_hub_id(source):
+        elif self.on_hub:
             self.files, found = _on_the_hub(source)
             self.paths = _of_split(source, split, found)
         else:
@@ -61,9 +63,13 @@ class Shards:
 
     def open(self, shard: int) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(self.files.open(self.paths[shard], "rb"), pre_buffer=True)
+            return pq.ParquetFile(self._handle(shard), pre_buffer=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise BenchError(f"{self.source}: shard {self.name(shard)} cannot be read: {first_line(error)}") from error
+
+    def _handle(self, shard: int) -> Any:
+        path = self.paths[shard]
+        return HubFile(self.files, path, self.name(shard)) if self.on_hub else self.files.open(path, "rb")
 
     def expect(self, columns: Sequence[str]) -> list[str]:
         """The columns of the first shard, among which these must be."""
@@ -96,6 +102,39 @@ class RowGroups:
                 self._file = shard, self.shards.open(shard)
             self._group = (shard, group), self._file[1].read_row_group(group, columns=self.columns)
         return self._group[1]
+
+
+class HubFile(io.RawIOBase):
+    """A file on the hub whose reads outlast an outage, each from where it was begun."""
+
+    def __init__(self, files: Any, path: str, name: str):
+        self.name = name
+        self.handle = outlast(lambda: files.open(path, "rb"), name)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.handle.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.handle.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        start = self.handle.tell()
+
+        def once() -> bytes:
+            self.handle.seek(start)
+            return self.handle.read(size)
+
+        return outlast(once, self.name)
+
+    def close(self) -> None:
+        self.handle.close()
+        super().close()
 
 
 def split_source(spec: str, default: str = "train") -> tuple[str, str]:

@@ -1,14 +1,30 @@
-"""Names on the Hugging Face hub, and the files behind them."""
+"""The Hugging Face hub: names on it, the files behind them, and outages of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from bench.errors import BenchError, first_line
 
+T = TypeVar("T")
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".parquet")  # what a hub name cannot end in
+PATIENCE = timedelta(hours=2)  # the outage that a job outlasts; the other processes wait for longer (processes.py)
+FIRST, MOST = 5.0, 300.0  # seconds before the second attempt, doubled with every other one, and at most
+LATER = (408, 429)  # answers that may be other ones later, besides all of 500 and above
+UNANSWERED = ("TransportError", "RequestException")  # of httpx and of requests: the hub's client has used both
+
+
+class Clock(Protocol):
+    """What of `time` is needed here."""
+
+    def monotonic(self) -> float: ...
+    def sleep(self, seconds: float, /) -> None: ...
 
 
 def is_hub_id(name: str) -> bool:
@@ -55,3 +71,36 @@ class Repository:
         if missing:
             raise BenchError(f"{self.name}: {missing[0]} is not cached, and the hub cannot be reached")
         return folder
+
+
+def outlast(call: Callable[[], T], what: str, clock: Clock = time) -> T:
+    """What `call` returns, asked again and again while the hub is out of order or out of reach.
+
+    The hub's client itself gives up after half a minute. Raises its error at once where waiting does not help (a file
+    that is not there, no permission), and after PATIENCE where it did not.
+    """
+    deadline, pause = clock.monotonic() + PATIENCE.total_seconds(), FIRST
+    while True:
+        try:
+            return call()
+        except Exception as error:  # the client raises errors of several libraries
+            if not passing(error) or clock.monotonic() + pause > deadline:
+                raise
+            print(
+                f"bench: {what}: the hub failed ({first_line(error)}); next attempt in {pause:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        clock.sleep(pause)
+        pause = min(2 * pause, MOST)
+
+
+def passing(error: Exception) -> bool:
+    """Whether an error says that the hub cannot answer now, and not what its answer is."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status in LATER or status >= 500
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "OfflineModeIsEnabled" in kinds:  # a ConnectionError by descent, but a setting by nature
+        return False
+    return isinstance(error, (ConnectionError, TimeoutError)) or not kinds.isdisjoint(UNANSWERED)

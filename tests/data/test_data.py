@@ -8,6 +8,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_pickapic
 import numpy as np
@@ -165,6 +166,39 @@ def test_the_hub_is_read_at_one_commit(shards, tmp_path, monkeypatch):
     data = open_pairs("pickapic:owner/name@v1", tmp_path)
     assert colours(data.winners([0, 1])) == ["red", "blue"] and len(data) == 6
     assert all(path.startswith("datasets/owner/name@c0ffee/data/train-") for path in opened)
+
+
+def test_reads_from_the_hub_go_on_where_an_outage_broke_them(shards, tmp_path, monkeypatch):
+    """Every read fails once, having moved on in the file; the pairs are those of a hub that is well."""
+    import huggingface_hub
+
+    failed, waits = [], []
+
+    class Breaking(io.FileIO):
+        def read(self, size=-1):
+            if (place := (self.name, self.tell())) not in failed:
+                failed.append(place)
+                super().read(size // 2 if size > 1 else size)
+                raise ConnectionResetError("connection reset by peer")
+            return super().read(size)
+
+    class Api:
+        def dataset_info(self, name, revision=None):
+            files = [path.relative_to(shards).as_posix() for path in shards.rglob("*.parquet")]
+            return type(
+                "Info", (), {"sha": "abad1dea", "siblings": [SimpleNamespace(rfilename=name) for name in files]}
+            )
+
+    class Files:
+        def open(self, path, mode):
+            return Breaking(shards / path.removeprefix("datasets/owner/breaking@abad1dea/"), mode)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Files)
+    monkeypatch.setattr("time.sleep", waits.append)
+    data = open_pairs("pickapic:owner/breaking", tmp_path)
+    assert colours(data.winners([0, 1])) == ["red", "blue"] and len(data) == 6
+    assert len(failed) > 5 and waits == [5.0] * len(failed)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
