@@ -61,7 +61,7 @@ def fit(
             recent = value.item()
             if not math.isfinite(recent):
                 raise BenchError(f"{description}: the loss is {recent} at step {step}; lower the learning rate")
-            bar.set_postfix(loss=f"{recent:.4f}")
+            bar.set_postfix(loss=f"{recent:.4f}", refresh=False)
         if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
             _save(checkpoint, steps, step + 1, model, optimizer, average)
     return (average if average is not None else model).eval()
