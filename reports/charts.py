@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from bench.reports.load import BASE
-from bench.reports.plots import INK, panel, quiet, spoken, svg
+from bench.reports.plots import GREY, INK, panel, quiet, spoken, svg
 from bench.storage.runs import Result
 
 
@@ -40,26 +39,25 @@ def radar(values: pd.DataFrame, palette: dict[str, str], higher_is_better: Seque
 def efficiency(
     rows: pd.DataFrame, along: str, axis: str, models: dict[str, Result], palette: dict[str, str], label: str
 ) -> str:
-    """Score against what it cost (Figure 7 and the cost axis): one line a method, from the base at nothing.
+    """Difference to the base against what it cost (Figure 7 and the cost axis): one line a method, from nothing.
 
     rows: model, value, low, high and the cost column `along`.
     """
     figure, axes = panel(4.4, 2.8)
     values = rows.set_index("model")
-    for method in dict.fromkeys(models[model].method for model in values.index if models[model].method != BASE):
+    for method in dict.fromkeys(models[model].method for model in values.index):
         own = [model for model in values.index if models[model].method == method]
-        line = values.loc[([BASE] if BASE in values.index else []) + own]
-        axes.plot(line[along], line["value"], color=palette[own[-1]], linewidth=1.6)
-        bars = [line["value"] - line["low"], line["high"] - line["value"]]
-        axes.errorbar(line[along], line["value"], bars, fmt="none", ecolor=palette[own[-1]], elinewidth=1.4)
+        line, colour = values.loc[own], palette[own[-1]]
+        axes.plot([0, *line[along]], [0, *line["value"]], color=colour, linewidth=1.6)
+        axes.vlines(line[along], line["low"], line["high"], color=colour, linewidth=1.4)
         for model in own:
             axes.plot(values.loc[model, along], values.loc[model, "value"], "o", color=palette[model], markersize=6)
-    if BASE in values.index:
-        axes.plot(0, values.loc[BASE, "value"], "o", color=palette[BASE], markersize=6)
+    axes.plot(0, 0, "o", color=GREY, markersize=6)
+    axes.axhline(0, color=INK, linewidth=1)
     axes.set_xlabel(axis)
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"{label}, to base")
     quiet(axes, "y")
-    return svg(figure, f"{label} against {axis}: {spoken(rows)}")
+    return svg(figure, f"{label}, difference to base, against {axis}: {spoken(rows)}")
 
 
 def agreement(matrix: np.ndarray, names: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,16 @@ from bench.errors import BenchError
 from bench.reports import cost, layouts, plots, sections, tables
 from bench.reports.apart import RULE
 from bench.reports.load import Runs
-from bench.reports.pictures import AMOUNTS, Amount, gallery
+from bench.reports.pictures import AMOUNTS, Amount, gallery, prompt_list
 from bench.reports.verdict import headline, verdicts
 from bench.storage.stages import atomic_write
 
 MAX_MB = 20.0  # what most mail servers take
 MB = 1e6
+OPEN = 3  # rows of pictures that are seen at once; the others are folded away
+POLICY = (
+    "default-src 'none'; img-src data:; style-src '{style}'; script-src '{script}'; base-uri 'none'; form-action 'none'"
+)
 
 
 def write(runs: Runs, output: Path, max_mb: float = MAX_MB) -> Path:
@@ -69,14 +75,19 @@ def context(runs: Runs) -> dict[str, Any]:
     """Everything the template shows, but for the pictures."""
     palette = plots.colours(runs.models)
     found = verdicts(runs)
+    style, script = _looks(palette), _beside("page.js")
     prices = cost.costs(runs)
     lead = tables.lead_column(runs)
     return {
         "suite": runs.protocol.get("suite", {}),
         "protocol": runs.protocol,
         "protocols": runs.protocols,
+        "style": sections.safe(style),
+        "script": sections.safe(script),
+        "policy": sections.safe(POLICY.format(style=_hash(style), script=_hash(script))),
         "models": runs.models,
-        "palette": palette,
+        "marks": {model: f"m{index}" for index, model in enumerate(palette)},
+        "open": OPEN,
         "problems": runs.problems,
         "groups": runs.groups,
         "lead": lead.title,
@@ -95,15 +106,38 @@ def context(runs: Runs) -> dict[str, Any]:
         "settings": [sections.setting(runs, one, palette, lead) for one in found],
         "papers": sections.paper_tables(runs),
         "training": sections.training(runs, palette),
-        "names": lambda name: layouts.spoken_name(runs.column(name)),
         "training_models": [model for model in runs.models if model in set(runs.history["model"])],
     }
 
 
 def pictures(runs: Runs, shown: dict[str, Any], amount: Amount) -> dict[str, Any]:
-    """The galleries of all settings, and whether any was cut to make the page smaller."""
+    """The galleries of all settings, the numbers behind them, and whether any was cut to make the page smaller."""
+    groups = [one["verdict"].group for one in shown["settings"]]
     found = [gallery(runs, one["verdict"].group, one["verdict"].best, amount) for one in shown["settings"]]
-    return {"galleries": found, "reduced": amount is not AMOUNTS[0]}
+    numbers = {
+        "prompts": {name: prompt_list(runs, name) for name in dict.fromkeys(name for name, _ in groups)},
+        "settings": [one and {"set": name, **one.numbers} for (name, _), one in zip(groups, found, strict=True)],
+    }
+    return {
+        "galleries": found,
+        "numbers": json.dumps(numbers, separators=(",", ":")) if any(found) else "",
+        "reduced": amount is not AMOUNTS[0],
+    }
+
+
+def _looks(palette: dict[str, str]) -> str:
+    """The page's style sheet, the models' colours included: its policy allows no style anywhere else."""
+    colours = (f".m{index} {{ background: {colour} }}" for index, colour in enumerate(palette.values()))
+    return _beside("page.css") + "\n".join(colours)
+
+
+def _beside(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names what it lets through."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _whole(text: str) -> Any:

@@ -228,8 +228,8 @@ def _notes(runs: Runs, tidy: pd.DataFrame, scores: stats.Scores) -> list[str]:
         notes.append(f"Not measured: {', '.join(gone)}; {average}.")
     notes += _published_notes(tidy)
     differences = _differences(weights, first, images) if tidy["published"].notna().any() else []
-    if differences:
-        notes.append(f"Not comparable with the published values: {'; '.join(differences)}.")
+    if differences:  # first, so that nobody compares before reading it
+        notes.insert(0, f"Not comparable with the published values: {'; '.join(differences)}.")
     return notes
 
 
@@ -238,7 +238,7 @@ def _published_notes(tidy: pd.DataFrame) -> list[str]:
     if printed.empty:
         return ["None of this table's published values could be verified, so none is shown."]
     notes = [
-        f"In parentheses: published, {PAPER}, {printed['published_protocol'].iloc[0]}. "
+        f"Published, in parentheses or columns of their own: {PAPER}, {printed['published_protocol'].iloc[0]}. "
         "Cells without one have no verified published value."
     ]
     derived = printed[printed["published_kind"] != "verbatim"]

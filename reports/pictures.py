@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from bench.metrics.columns import Column
+from bench.reports.layouts import number, spoken_name
 from bench.reports.load import BASE, Runs, prompt_texts
 from bench.reports.tables import lead_column
 from bench.storage.runs import Result
@@ -35,6 +41,17 @@ AMOUNTS = (
     Amount(2, 0, 64, 35),
     Amount(0, 0, 0, 0),
 )  # a page that is too large takes the next
+CAPTIONS = 2  # numbers under a picture; all of them stand where two models are compared
+
+
+@dataclass(frozen=True)
+class Score:
+    """A picture's score as it is shown. change: to the base's picture of the same prompt, "" for the base itself."""
+
+    title: str
+    value: str
+    change: str = ""
+    better: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -42,28 +59,31 @@ class Picture:
     model: str
     uri: str
     pixelated: bool
-    scores: list[tuple[str, str]]
+    scores: list[Score]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: a picture (or None) for each model."""
+    """One prompt: a picture (or None) for each model. key: its place among the prompts of its set, as in `numbers`;
+    remarks: what it was chosen for, if it was."""
 
+    key: int
     prompt: str
     pictures: list[Picture | None]
-    change: float | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of one setting: prompts nobody chose, then for each metric (name, wins, losses) the best
-    model's largest changes to the base."""
+    """Pictures of one setting, a prompt once: those nobody chose, then those where the best model gains most over the
+    base or loses most to it by some metric. numbers: of every prompt, see `_numbers`."""
 
     models: list[str]
     sample: list[Row]
-    extremes: list[tuple[str, list[Row], list[Row]]]
+    extremes: list[Row]
     seed: int
     train_seeds: dict[str, int]
+    numbers: dict[str, Any]
 
 
 def gallery(runs: Runs, group: tuple[str, float], best: str, amount: Amount = AMOUNTS[0]) -> Gallery | None:
@@ -84,24 +104,58 @@ def gallery(runs: Runs, group: tuple[str, float], best: str, amount: Amount = AM
     if not there:
         return None
     values = rows.pivot_table("value", "prompt_id", ["metric", "model"], observed=True)
-    texts = prompt_texts(runs, group[0])
+    shown = [column for column in _shown(runs) if column.name in values]
+    places = {column.name: _places(values[column.name].to_numpy(), column.decimals) for column in shown}
+    ids, texts = prompt_ids(runs, group[0]), prompt_texts(runs, group[0])
+    remarks = _remarks(values, shown, places, best, there, amount.extremes)
 
-    def row(prompt: str, change: float | None = None) -> Row:
-        shown = [
-            _picture(folders[m], f"{prompt}-{seeds[0]}.png", m, _captions(runs, values, prompt, m), amount)
+    def row(prompt: str) -> Row:
+        name, captions = f"{prompt}-{seeds[0]}.png", shown[:CAPTIONS]
+        pictures = [
+            _picture(folders[m], name, m, [_score(values, c, places[c.name], prompt, m) for c in captions], amount)
             for m in models
         ]
-        return Row(texts.get(prompt, f"prompt {prompt}"), shown, change)
+        told = tuple(remarks.get(prompt, ()))
+        return Row(ids.index(prompt), texts.get(prompt, f"prompt {prompt}"), pictures, told)
 
-    extremes = []
-    for column in _shown(runs):
-        changes = _changes(values, column, best, there)
-        wins = [row(p, c) for p, c in changes[::-1][: amount.extremes] if column.sign * c > 0]
-        losses = [row(p, c) for p, c in changes[: amount.extremes] if column.sign * c < 0]
-        if wins or losses:
-            extremes.append((column.name, wins, losses))
     trained = {m: int(first[m]) for m in models if m != BASE and m in first.index}
-    return Gallery(models, [row(p) for p in there[: amount.rows]], extremes, int(seeds[0]), trained)
+    sample, numbers = there[: amount.rows], _numbers(values, shown, places, models, ids)
+    extremes = [row(prompt) for prompt in remarks if prompt not in sample]
+    return Gallery(models, [row(prompt) for prompt in sample], extremes, int(seeds[0]), trained, numbers)
+
+
+def prompt_ids(runs: Runs, prompt_set: str) -> list[str]:
+    """All prompts of a set, in the order of their hash."""
+    rows = runs.scores
+    return sorted(map(str, rows.loc[rows["prompt_set"] == prompt_set, "prompt_id"].unique()))
+
+
+def prompt_list(runs: Runs, prompt_set: str) -> list[str]:
+    """Their texts."""
+    texts = prompt_texts(runs, prompt_set)
+    return [texts.get(prompt, f"prompt {prompt}") for prompt in prompt_ids(runs, prompt_set)]
+
+
+def _numbers(
+    values: pd.DataFrame, shown: Sequence[Column], places: dict[str, int], models: Sequence[str], ids: Sequence[str]
+) -> dict[str, Any]:
+    """What the page sorts prompts by: titles, decimals and directions of the columns, scores [column][model][prompt].
+
+    Of the pictures' seeds, rounded as shown; None where there is no score.
+    """
+    whole = values.reindex(ids)
+
+    def line(metric: str, model: str) -> list[float | None]:
+        if (metric, model) not in whole:
+            return [None] * len(ids)
+        scores = whole[(metric, model)].round(places[metric])
+        return [None if score != score else score for score in scores.tolist()]
+
+    return {
+        "models": list(models),
+        "columns": [{"title": spoken_name(c), "places": places[c.name], "sign": c.sign} for c in shown],
+        "scores": [[line(column.name, model) for model in models] for column in shown],
+    }
 
 
 def picture_folder(run: Path, group: tuple[str, float], result: Result) -> Path | None:
@@ -119,7 +173,22 @@ def _shown(runs: Runs) -> list[Column]:
     return [lead, *(column for column in runs.columns if not (column.truth or column.detail) and column != lead)]
 
 
-def _changes(values, column: Column, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
+def _remarks(
+    values: pd.DataFrame, shown: Sequence[Column], places: dict[str, int], best: str, there: Sequence[str], count: int
+) -> dict[str, list[str]]:
+    """Prompts with pictures where the best model gains most over the base, or loses most to it, by each column."""
+    found: dict[str, list[str]] = {}
+    for column in shown:
+        changes = _changes(values, column, best, there)
+        for what, chosen, sign in (("gain", changes[::-1][:count], 1), ("loss", changes[:count], -1)):
+            for prompt, change in chosen:
+                if sign * column.sign * change > 0:
+                    size = number(change, places[column.name], "+")
+                    found.setdefault(prompt, []).append(f"large {what} of {best} in {spoken_name(column)}, {size}")
+    return found
+
+
+def _changes(values: pd.DataFrame, column: Column, best: str, there: Sequence[str]) -> list[tuple[str, float]]:
     """(prompt, score of the best model minus the base's) for prompts with pictures, from the worst to the best."""
     metric = column.name
     if best == BASE or (metric, BASE) not in values or (metric, best) not in values:
@@ -129,35 +198,38 @@ def _changes(values, column: Column, best: str, there: Sequence[str]) -> list[tu
     return [(str(prompt), float(gain)) for prompt, gain in change.items()]
 
 
-def _captions(runs: Runs, values, prompt: str, model: str) -> list[tuple[str, str]]:
-    """What stands under a picture: the judge's utility, then the metrics."""
-    found = []
-    for column in _shown(runs):
-        if (column.name, model) not in values:
-            continue
-        value = values[(column.name, model)].get(prompt)
-        if value == value and value is not None:
-            found.append((column.name, _written(value, column.decimals)))
-    return found
+def _score(values: pd.DataFrame, column: Column, places: int, prompt: str, model: str) -> Score | None:
+    """One number under a picture, None where there is none."""
+
+    def value(of: str) -> float:
+        return values[(column.name, of)].get(prompt, np.nan) if (column.name, of) in values else np.nan
+
+    own, base = value(model), value(BASE)
+    if np.isnan(own):
+        return None
+    if model == BASE or np.isnan(base):
+        return Score(column.title, number(own, places))
+    change = number(own - base, places, "+")
+    better = None if not float(change) else column.sign * (own - base) > 0
+    return Score(column.title, number(own, places), change, better)
 
 
-def _written(value: float, decimals: int | None) -> str:
-    """With the decimals that its metric declares, else three digits, or two decimals from 10 on."""
-    if decimals is not None:
-        return f"{value:.{decimals}f}"
-    return f"{value:#.3g}" if abs(value) < 10 else f"{value:.2f}"
+def _places(values: np.ndarray, declared: int | None) -> int:
+    """Decimals of a column's scores, the same under every picture: as declared, else three figures of their spread."""
+    if declared is not None:
+        return declared
+    spread = float(np.nanstd(values))
+    return min(5, max(0, 2 - math.floor(math.log10(spread)))) if spread > 0 else 3
 
 
-def _picture(
-    folder: Path | None, name: str, model: str, scores: list[tuple[str, str]], amount: Amount
-) -> Picture | None:
+def _picture(folder: Path | None, name: str, model: str, scores: list[Score | None], amount: Amount) -> Picture | None:
     if folder is None or not (folder / name).is_file():
         return None
     try:
         uri, small = encode(folder / name, amount.side, amount.quality)
     except OSError:
         return None  # an image cut short by a full disk must not cost the page
-    return Picture(model, uri, small, scores)
+    return Picture(model, uri, small, [score for score in scores if score])
 
 
 def encode(path: Path, side: int, quality: int) -> tuple[str, bool]:

@@ -64,40 +64,36 @@ def differences(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
 
 
 def iterations(rows: pd.DataFrame, models: dict[str, Result], palette: dict[str, str], label: str) -> str:
-    """Score per iteration with intervals (the paper's Figure 3); one-shot methods are horizontal lines.
+    """Differences to the base per iteration (the paper's Figure 3, paired); one-shot methods are horizontal lines.
 
     Of an iteration only its end: results inside it have their place where costs are the axis.
     """
     figure, axes = panel(3.5, 2.4)
     rows = rows[[models[model].end for model in rows["model"]]]
     values = rows.set_index("model")
-    methods = list(dict.fromkeys(models[model].method for model in values.index))
-    for method in methods:
-        own = [model for model in values.index if models[model].method == method]
-        if len(own) == 1:
-            row = values.loc[own[0]]
-            axes.axhline(row["value"], color=palette[own[0]], linewidth=1.6, dashes=(4, 2))
-            continue
-        line = ([BASE] if BASE in values.index else []) + own
-        steps = [models[model].iteration for model in line]
-        found = values.loc[line]
-        axes.fill_between(
-            steps,
-            found["low"].astype(float),
-            found["high"].astype(float),
-            color=palette[own[-1]],
-            alpha=0.18,
-            linewidth=0,
-        )
-        axes.plot(steps, found["value"], color=palette[own[-1]], linewidth=2)
-        for step, model in zip(steps, line, strict=True):
-            axes.plot(step, values.loc[model, "value"], "o", color=palette[model], markersize=6)
     last = max(models[model].iteration for model in values.index)
+    edge = last
+    for method in dict.fromkeys(models[model].method for model in values.index):
+        own = [model for model in values.index if models[model].method == method]
+        found, colour = values.loc[own], palette[own[-1]]
+        if len(own) == 1:
+            edge += 0.09
+            axes.axhline(found["value"].iloc[0], color=colour, linewidth=1.6, dashes=(4, 2))
+            axes.vlines(edge, found["low"], found["high"], color=colour, linewidth=1.6)
+            continue
+        steps = [0, *(models[model].iteration for model in own)]
+        low, high, value = ([0.0, *found[name].astype(float)] for name in ("low", "high", "value"))
+        axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(steps, value, color=colour, linewidth=2)
+        for step, height, model in zip(steps[1:], value[1:], own, strict=True):
+            axes.plot(step, height, "o", color=palette[model], markersize=6)
+    axes.plot(0, 0, "o", color=GREY, markersize=6)
+    axes.axhline(0, color=INK, linewidth=1)
     axes.set_xticks(range(last + 1), [BASE if i == 0 else str(i) for i in range(last + 1)])
-    axes.set_xlim(-0.15, last + 0.15)
+    axes.set_xlim(-0.15, edge + 0.15)
     axes.set_xlabel("iteration")
     quiet(axes, "y")
-    return svg(figure, f"{label} per iteration: " + spoken(rows))
+    return svg(figure, f"{label} per iteration, difference to base: " + spoken(rows))
 
 
 def winrates(rows: pd.DataFrame, palette: dict[str, str], label: str) -> str:
@@ -135,6 +131,9 @@ def training(history: pd.DataFrame, logged: Signal, palette: dict[str, str], mod
         errorbar=("pi", 100),
         legend=False,
     )
+    for model, own in rows.groupby("model", sort=False, observed=True):
+        if own["step"].nunique() == 1:  # no line goes through one point
+            axes.plot(own["step"].iloc[0], own[signal].mean(), "o", color=palette[model], markersize=6)
     if logged.start is not None:
         axes.axhline(logged.start, color=INK, linewidth=1, dashes=(3, 2))
     axes.set(xlabel="step", ylabel="")
@@ -196,11 +195,18 @@ def svg(figure: Any, spoken: str) -> str:
         figure.savefig(buffer, format="svg", metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.S)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{key}-", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r'(<[^<>]*)\sstyle="([^"]*)"', lambda tag: tag[1] + _attributes(tag[2]), text)
     box = re.search(r'viewBox="([^"]*)"', text)[1]
     head = f'<svg role="img" aria-label="{escape(spoken)}" viewBox="{box}" class="plot">'
     text = head + text[text.index(">") + 1 :]
     return re.sub(INK, "currentColor", text, flags=re.I).strip()
+
+
+def _attributes(style: str) -> str:
+    """Style properties as the presentation attributes of the same names: the page's policy allows no inline style."""
+    pairs = (part.partition(":") for part in style.split(";") if part.strip())
+    return "".join(f' {name.strip()}="{value.strip()}"' for name, _, value in pairs)

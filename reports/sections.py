@@ -14,7 +14,7 @@ from bench.reports import agreement, charts, cost, layouts, paper, plots, stats,
 from bench.reports.layouts import spoken_name
 from bench.reports.load import BASE, Runs
 from bench.reports.signals import declared
-from bench.reports.signatures import signatures
+from bench.reports.signatures import matrix, signatures, worst_first
 from bench.reports.stats import AVERAGES
 from bench.reports.verdict import Verdict
 
@@ -57,57 +57,70 @@ HEAT_MAPS = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A drawing with its title; judged: whether it is of a judge's reading."""
+
+    title: str
+    svg: Any
+    remark: str = ""
+    judged: bool = False
+
+
 def setting(runs: Runs, verdict: Verdict, palette: dict[str, str], lead: Column) -> dict[str, Any]:
     """Everything of one setting but its pictures, by the names the template uses."""
     names = [*tables.metric_names(runs), *tables.averaged(runs)]
     where = {"prompt_set": verdict.group[0], "guidance": verdict.group[1], "metrics": names}
     mean = tables.table(runs, "mean", **where)
-    views = [_view("mean", "Mean", mean)]
-    found: dict[str, Any] = {"forest": None, "bars": [], "panels": [], "charts": []}
+    absolute = [_view("mean", "Mean", mean), _view("median", "Median", tables.table(runs, "median", **where))]
+    found: dict[str, Any] = {"forest": None, "iterations": [], "walls": [], "paid": [], "plots": [], "more": []}
+    views: list[View | None] = []
     if BASE in runs.models and len(runs.models) > 1:
         gain = tables.table(runs, "mean", BASE, **where)
         views += [_view("gain", "Difference to base", gain)]
-        found["forest"] = safe(plots.differences(gain[gain["metric"] == lead.name], palette, spoken_name(lead)))
-        rivals = [BASE, *([rival] if (rival := _rival(runs)) else [])]
-        for key, against in zip(("winrate", "rivals"), rivals, strict=False):
+        for key, against in zip(("winrate", "rivals"), [BASE, *_rivals(runs)], strict=False):
             rate = tables.table(runs, "winrate", against, **where)
             views.append(_view(key, f"Win rate over {against}", rate))
-            found["bars"].append((against, _panels(runs, rate, lambda rows, name: plots.winrates(rows, palette, name))))
-        views.append(_tests(gain))
-        views.append(_agreement_view(runs, verdict))
-        found["charts"] = _charts(runs, verdict, mean, palette, lead)
-    views.append(_view("median", "Median", tables.table(runs, "median", **where)))
-    if any(result.iteration > 1 for result in runs.models.values()):
-        found["panels"] = _panels(runs, mean, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
+            found["walls"].append(
+                (against, _panels(runs, rate, lambda rows, name: plots.winrates(rows, palette, name)))
+            )
+        views += [_tests(gain), _agreement_view(runs, verdict)]
+        found |= _plots(runs, verdict, mean, gain, palette, lead)
+    given = [view for view in views if view]
+    warnings, trained = signatures(runs, verdict.group), [model for model in runs.models if model != BASE]
     rows = mean[mean["metric"] == lead.name]
     return found | {
         "name": verdict.group[0],
         "guidance": f"{verdict.group[1]:g}",
         "verdict": verdict,
-        "views": [view for view in views if view],
+        "views": given or [view for view in absolute if view],
+        "absolute": [view for view in absolute if view and given],
         "caption": " · ".join(layouts.setting(rows)),
         "n_prompts": int(rows["n_prompts"].max()),
-        "signatures": signatures(runs, verdict.group),
+        "trained": trained,
+        "warnings": worst_first(warnings),
+        "matrix": matrix(warnings, trained),
     }
 
 
-def _rival(runs: Runs) -> str | None:
-    """The second baseline of win rates: Diffusion-DPO as in the paper's Figure 1, else SFT."""
+def _rivals(runs: Runs) -> list[str]:
+    """The second baseline of win rates: Diffusion-DPO as in the paper's Figure 1, else SFT; none beside nothing."""
     for method in ("diffusion_dpo", "sft"):
         found = [label for label, result in runs.models.items() if result.method == method]
         if found and len(runs.models) > 2:
-            return found[-1]
-    return None
+            return found[-1:]
+    return []
 
 
-def _panels(runs: Runs, tidy: pd.DataFrame, draw: Any) -> list[tuple[str, bool, Any]]:
-    """(title, is a judge reading, plot) of all columns but details."""
+def _panels(runs: Runs, tidy: pd.DataFrame, draw: Any) -> list[Plot]:
+    """A plot of each column but details, the judge's readings first."""
     parts = [(runs.column(str(metric)), rows) for metric, rows in tidy.groupby("metric", sort=False)]
-    return [
-        (column.title, column.truth, safe(draw(rows, spoken_name(column))))
+    drawn = [
+        Plot(spoken_name(column), safe(draw(rows, spoken_name(column))), judged=column.truth)
         for column, rows in parts
-        if not column.detail
+        if not column.detail and len(rows)
     ]
+    return sorted(drawn, key=lambda plot: not plot.judged)
 
 
 def _halves(tidy: pd.DataFrame, cells: Any) -> list[Any]:
@@ -147,42 +160,76 @@ def _p(value: float) -> str:
     return "–" if value != value else "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _charts(
-    runs: Runs, verdict: Verdict, mean: pd.DataFrame, palette: dict[str, str], lead: Column
-) -> list[tuple[str, str, Any]]:
-    """(title, remark, plot): radar, efficiency, agreement, distribution of differences."""
-    scores, protocol = tables.group_scores(runs, verdict.group), tables.default_protocol(runs)
-    found = []
+def _plots(
+    runs: Runs, verdict: Verdict, mean: pd.DataFrame, gain: pd.DataFrame, palette: dict[str, str], lead: Column
+) -> dict[str, Any]:
+    """The plots of a setting that has a base: what is looked at first, and in "more" the rest."""
+    own = gain[gain["metric"] == lead.name]
+    learned = [column for column in runs.columns if not column.truth and column != lead]
+    first = [lead, *learned[:1]]
+    found: dict[str, Any] = {"paid": _efficiency(runs, gain, palette, first)}
+    found["forest"] = safe(plots.differences(own, palette, spoken_name(lead))) if len(own) else None
+    shown, more = _by_prompt(runs, verdict, palette, first)
+    heat = _heat_maps(runs, verdict)
+    if any(runs.models[model].iteration > 1 for model in gain["model"]):
+        drawn = _panels(runs, gain, lambda rows, name: plots.iterations(rows, runs.models, palette, name))
+        found["iterations"] = [plot for plot in drawn if plot.title in map(spoken_name, first)]
+        more += [Plot(f"{plot.title} per iteration", plot.svg) for plot in drawn if plot not in found["iterations"]]
+    return found | {"plots": shown + heat[:1], "more": [*_radar(runs, mean, palette), *heat[1:], *more]}
+
+
+def _radar(runs: Runs, mean: pd.DataFrame, palette: dict[str, str]) -> list[Plot]:
     table = mean[~mean["truth"].astype(bool) & (mean["metric"] != AVERAGES[0])]
     wide = table.pivot(index="model", columns="metric", values="value")
     wide = wide.loc[list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["metric"]))].dropna()
-    if len(wide.columns) > 2 and len(wide) > 1:
-        axes = [runs.column(name) for name in wide.columns]
-        wide.columns = [column.heading for column in axes]
-        remark = "Means; each axis runs from its worst to its best model, so it shows order, not size."
-        drawn = charts.radar(wide, palette, [column.higher_is_better for column in axes])
-        found.append(("Metrics at a glance", remark, safe(drawn)))
-    paid = mean.merge(cost.costs(runs), on="model")
-    learned = [column for column in runs.columns if not column.truth and column != lead]
-    for column in [lead, *learned[:1]]:
+    if len(wide.columns) < 3 or len(wide) < 2:
+        return []
+    axes = [runs.column(name) for name in wide.columns]
+    wide.columns = [column.heading for column in axes]
+    remark = "Means; each axis runs from its worst to its best model, so it shows order, not size."
+    drawn = charts.radar(wide, palette, [column.higher_is_better for column in axes])
+    return [Plot("Metrics at a glance", safe(drawn), remark)]
+
+
+def _efficiency(runs: Runs, gain: pd.DataFrame, palette: dict[str, str], shown: list[Column]) -> list[Plot]:
+    paid, found = gain.merge(cost.costs(runs), on="model"), []
+    for column in shown:
         rows, name = paid[paid["metric"] == column.name], spoken_name(column)
         for along, axis in (("pairs", "pairs seen"), ("seconds", "seconds of compute, opponent's images included")):
             if rows[along].max() > 0:
                 drawn = charts.efficiency(rows, along, axis, runs.models, palette, name)
-                found.append((f"{name} against {axis.split(',')[0]}", "Bars are 95 % intervals.", safe(drawn)))
-    changes = _changes(scores, protocol)
-    agreed = _agreement(runs, verdict)
+                title = f"{name}, difference to base against {axis.split(',')[0]}"
+                found.append(Plot(title, safe(drawn), "Bars are 95 % intervals."))
+    return found
+
+
+def _heat_maps(runs: Runs, verdict: Verdict) -> list[Plot]:
+    agreed, found = _agreement(runs, verdict), []
     for unit, remark in HEAT_MAPS.items():
         square = agreement.matrix(agreed, unit)
         if len(square) > 1:
             drawn = charts.agreement(square.to_numpy(), agreement.titled(agreed, square))
-            found.append((f"Do the metrics agree? {agreement.UNIT_TITLES[unit].capitalize()}", remark, safe(drawn)))
-    for column in [lead, *learned[:1]]:
-        if changes.get(column.name):
-            remark = "Dot: median. Thick: middle half. Thin: middle 90 %. Mean over training seeds."
-            drawn = charts.distributions(changes[column.name], palette, spoken_name(column), column.sign)
-            found.append((f"{spoken_name(column)}, prompt by prompt", remark, safe(drawn)))
+            title = f"Do the metrics agree? {agreement.UNIT_TITLES[unit].capitalize()}"
+            found.append(Plot(title, safe(drawn), remark))
     return found
+
+
+def _by_prompt(
+    runs: Runs, verdict: Verdict, palette: dict[str, str], columns: list[Column]
+) -> tuple[list[Plot], list[Plot]]:
+    """How differences to the base are distributed over prompts: of the first column, and of the others."""
+    changes = _changes(tables.group_scores(runs, verdict.group), tables.default_protocol(runs))
+    remark = "Dot: median. Thick: middle half. Thin: middle 90 %. Mean over training seeds."
+    found = [
+        Plot(
+            f"{spoken_name(column)}, prompt by prompt",
+            safe(charts.distributions(changes[column.name], palette, spoken_name(column), column.sign)),
+            remark,
+        )
+        for column in columns
+        if changes.get(column.name)
+    ]
+    return found[:1], found[1:]
 
 
 def _agreement(runs: Runs, verdict: Verdict) -> pd.DataFrame:
@@ -245,16 +292,23 @@ def price_bars(runs: Runs, palette: dict[str, str]) -> list[tuple[str, Any]]:
 
 
 def paper_tables(runs: Runs) -> list[dict[str, Any]]:
-    """The paper's tables that these runs can fill."""
+    """The paper's tables that these runs can fill; what the paper prints stands in columns of its own."""
     found = []
     for number in paper.available(runs):
         table = paper.build(runs, number)
         header, rows = paper.grid(table.tidy)
+        printed = [i for i in range(len(header)) if any(line[i][3] for _, _, line in rows)]
+        columns = [*header, *(f"{header[i]}, paper" for i in printed)]
         cells = [
-            (row, label, [(Cell(minus(c[0]), minus(c[1]), c[2]) if c[0] else None, c[3]) for c in line])
+            (
+                row,
+                label,
+                [Cell(minus(c[0]), minus(c[1]), c[2]) if c[0] else "-" for c in line]
+                + [Cell(minus(line[i][3]), "") if line[i][3] else "-" for i in printed],
+            )
             for row, label, line in rows
         ]
-        found.append({"number": number, "title": table.title, "header": header, "rows": cells, "notes": table.notes})
+        found.append({"number": number, "title": table.title, "header": columns, "rows": cells, "notes": table.notes})
     return found
 
 

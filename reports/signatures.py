@@ -15,13 +15,15 @@ import pandas as pd
 
 from bench.methods.signals import Signal
 from bench.reports import stats
+from bench.reports.apart import ALPHA
 from bench.reports.layouts import spoken_name
 from bench.reports.load import BASE, Runs
 from bench.reports.pictures import picture_folder
 from bench.reports.signals import declared, ranges
-from bench.reports.tables import default_protocol, group_scores
+from bench.reports.significance import holm
+from bench.reports.tables import apart, default_protocol, group_scores
 
-GREEN, AMBER, RED, UNKNOWN = "green", "amber", "red", "unknown"
+LEVELS = RED, AMBER, GREY, GREEN, UNKNOWN = "red", "amber", "grey", "green", "unknown"  # grey: chance alone can do it
 DIVERSITY = (0.6, 0.8)  # of the base's: red below, amber below
 END = 0.2  # the last fifth of an iteration's log is how it ended
 PROMPTS = 48  # whose pictures are compared, in the order of their hash
@@ -133,22 +135,38 @@ def _collapse(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[
     if len(group_scores(runs, group).image_seeds) < 2:
         return [Signature(name, "all", UNKNOWN, "one picture a prompt", "needs more than one sampling seed")]
     base = diversity(runs, group, BASE) if BASE in runs.models else {}
-    found = []
+    found, chances = [], []
     for model in trained:
         own = diversity(runs, group, model) if base else {}
         both = [prompt for prompt in own if prompt in base and base[prompt] > 0]
         if not both:
             found.append(Signature(name, model, UNKNOWN, "no pictures", "needs pictures of several sampling seeds"))
             continue
-        ratio = sum(own[p] for p in both) / sum(base[p] for p in both)
-        level = GREEN if ratio >= DIVERSITY[1] else RED if ratio < DIVERSITY[0] else AMBER
-        number = f"{ratio:.0%} of the base's diversity"
-        reading = (
-            f"mean distance of pixels between a prompt's pictures, {len(both)} prompts "
-            f"(green from {DIVERSITY[1]:.0%}, red below {DIVERSITY[0]:.0%})"
-        )
-        found.append(Signature(name, model, level, number, reading))
-    return found
+        verdict, p = _narrowed(name, model, *(np.array([of[prompt] for prompt in both]) for of in (own, base)))
+        found.append(verdict)
+        chances.append(p)
+    corrected = iter(holm(np.nan_to_num(chances, nan=1.0)))
+    return [one if one.level == UNKNOWN else _unless_chance(one, next(corrected)) for one in found]
+
+
+def _narrowed(name: str, model: str, own: np.ndarray, base: np.ndarray) -> tuple[Signature, float]:
+    """The verdict on diversities [prompts] of a model and the base, and the p of their paired difference."""
+    ratio = own.mean() / base.mean()
+    _, (low,), (high,), (p,), _ = stats.estimates(((own - base) / base.mean())[None, None])
+    level = GREEN if ratio >= DIVERSITY[1] else RED if ratio < DIVERSITY[0] else AMBER
+    number = f"{ratio:.0%} [{1 + low:.0%}, {1 + high:.0%}] of the base's diversity"
+    reading = (
+        f"mean distance of pixels between a prompt's pictures, {len(own)} prompts "
+        f"(green from {DIVERSITY[1]:.0%}, red below {DIVERSITY[0]:.0%})"
+    )
+    return Signature(name, model, level, number, reading), p
+
+
+def _unless_chance(one: Signature, p: float) -> Signature:
+    """Grey where a loss of diversity is not told from none, corrected for the number of models."""
+    if one.level == GREEN or p < ALPHA:
+        return one
+    return replace(one, level=GREY, reading=f"not told apart from the base's, p {p:.2g} after Holm: {one.reading}")
 
 
 def diversity(runs: Runs, group: tuple[str, float], model: str) -> dict[str, float]:
@@ -179,31 +197,48 @@ def _spread(paths: list[Path]) -> float:
 
 def _gaming(runs: Runs, group: tuple[str, float], trained: list[str]) -> list[Signature]:
     """A rewarded metric rises while one that was not rewarded, or the truth, falls."""
-    scores = group_scores(runs, group)
+    scores, protocol = group_scores(runs, group), default_protocol(runs)
     if BASE not in scores.models:
         return []
-    pairs = [("pickscore", "clip"), ("pickscore", "judge/utility")]
     found = []
-    for up, down in pairs:
+    for up, down in (("pickscore", "clip"), ("pickscore", "judge/utility")):
         if up not in scores.metrics or down not in scores.metrics:
             continue
-        gains = {
-            metric: stats.compare(scores, metric, "mean", BASE, default_protocol(runs)).set_index("model")
-            for metric in (up, down)
-        }
-        for model in trained:
-            if all(model in rows.index for rows in gains.values()):
-                names = [spoken_name(scores.column(metric)) for metric in (up, down)]
-                found.append(_gamed(model, names, gains[up].loc[model], gains[down].loc[model]))
+        names = [spoken_name(scores.column(metric)) for metric in (up, down)]
+        gains = [stats.compare(scores, metric, "mean", BASE, protocol).set_index("model") for metric in (up, down)]
+        rewarded, other = (apart(runs, group, metric, "mean", protocol).beats for metric in (up, down))
+        found += [
+            _gamed(model, names, *(rows.loc[model] for rows in gains), BASE in rewarded[model], model in other[BASE])
+            for model in trained
+            if all(model in rows.index for rows in gains)
+        ]
     return found
 
 
-def _gamed(model: str, names: Sequence[str], rewarded: pd.Series, other: pd.Series) -> Signature:
-    """names: of what was rewarded, and of the other."""
+def _gamed(
+    model: str, names: Sequence[str], rewarded: pd.Series, other: pd.Series, rises: bool, falls: bool
+) -> Signature:
+    """names: of what was rewarded, and of the other; rises, falls: whether they are told apart from the base so."""
     level, reading = GREEN, f"{names[1]} does not fall while {names[0]} rises"
     if rewarded["value"] > 0 > other["value"]:
-        clear = rewarded["low"] > 0 and other["high"] < 0
-        level = RED if clear else AMBER
-        reading = f"{names[0]} rises while {names[1]} falls" + ("" if clear else ", not both clear of chance")
-    number = f"{names[0]} {rewarded['value']:+.2g}, {names[1]} {other['value']:+.2g}"
+        level, reading = RED if rises else AMBER, f"{names[0]} rises while {names[1]} falls"
+        reading += "" if rises else ", the rise not told from chance"
+        if not falls:
+            level, reading = GREY, f"the fall of {names[1]} is not told from chance"
+    number = ", ".join(
+        f"{name} {row['value']:+.2g} [{row['low']:+.2g}, {row['high']:+.2g}]"
+        for name, row in zip(names, (rewarded, other), strict=True)
+    )
     return Signature(f"Metric gaming: {names[0]} against {names[1]}", model, level, number, f"{reading} (to base)")
+
+
+def matrix(found: Sequence[Signature], models: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(signature, level for each model, "" where it does not apply), the worst first."""
+    names = dict.fromkeys(one.name for one in found)
+    level = {(one.name, one.model): one.level for one in found}
+    rows = [(name, [level.get((name, m), level.get((name, "all"), "")) for m in models]) for name in names]
+    return sorted(rows, key=lambda row: [-row[1].count(one) for one in LEVELS])
+
+
+def worst_first(found: Sequence[Signature]) -> list[Signature]:
+    return sorted(found, key=lambda one: LEVELS.index(one.level))

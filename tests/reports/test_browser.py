@@ -80,11 +80,11 @@ def test_tables_sort_by_key_and_say_so(page: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     values = (
-        "return [...document.querySelectorAll('[data-stat=mean] table')].filter(t => t.offsetParent)[0]"
+        "return [...document.querySelectorAll('[data-stat=gain] table')].filter(t => t.offsetParent)[0]"
         ".querySelectorAll('tbody tr td:nth-child(2)')"
     )
     button = page.execute_script(
-        "return [...document.querySelectorAll('[data-stat=mean] table')]"
+        "return [...document.querySelectorAll('[data-stat=gain] table')]"
         ".filter(t => t.offsetParent)[0].querySelectorAll('thead button')[1]"
     )
     for state in ("descending", "ascending"):
@@ -96,7 +96,7 @@ def test_tables_sort_by_key_and_say_so(page: Any) -> None:
 
 def test_rows_are_filtered_by_typing(page: Any) -> None:
     box = page.find_element("css selector", ".filter input")
-    rows = "return [...document.querySelectorAll('[data-stat=mean] tbody tr')].filter(r => r.offsetParent).length"
+    rows = "return [...document.querySelectorAll('[data-stat=gain] tbody tr')].filter(r => r.offsetParent).length"
     before = page.execute_script(rows)
     box.send_keys("SPIN")
     assert 0 < page.execute_script(rows) < before
@@ -111,7 +111,7 @@ def test_statistics_switch_and_the_protocol_is_one_step_away(page: Any) -> None:
     for button in page.find_elements("css selector", "[data-switch=stat] button"):
         page.execute_script("arguments[0].click()", button)
         shown = page.execute_script(visible)
-        assert shown.get_attribute("data-stat") == button.get_attribute("data-value")
+        assert shown.get_attribute("data-stat") == button.get_attribute("value")
         assert shown.find_elements("css selector", "a[href='#protocol']")
     page.execute_script("document.querySelector('[data-switch=stat] button').click()")
     assert page.find_element("id", "protocol")
@@ -130,6 +130,36 @@ def test_a_picture_opens_and_closes_with_the_keyboard(page: Any) -> None:
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
     assert not dialog.is_displayed()
     assert page.switch_to.active_element == button
+
+
+def test_two_models_are_compared_prompt_by_prompt_with_arrow_keys(page: Any) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    page.execute_script("document.querySelector('.compare').click()")
+    dialog = page.find_element("css selector", "dialog[open]")
+    assert len([image for image in dialog.find_elements("css selector", "img") if image.is_displayed()]) == 2
+    first = dialog.find_element("css selector", ".text").text
+    ActionChains(page).send_keys(Keys.ARROW_RIGHT).perform()
+    assert dialog.find_element("css selector", ".text").text != first
+    ActionChains(page).send_keys(Keys.ARROW_LEFT).perform()
+    assert dialog.find_element("css selector", ".text").text == first
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+    assert not dialog.is_displayed()
+
+
+def test_a_script_that_is_not_the_pages_own_does_not_run(page: Any) -> None:
+    """By its Content-Security-Policy, whatever text should ever slip through as markup."""
+    page.execute_script(
+        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.hostile = 1\">');"
+        "const script = document.createElement('script'); script.textContent = 'window.hostile = 2';"
+        "document.body.append(script)"
+    )
+    assert page.execute_script("return window.hostile") is None
+    refused = page.execute_script("return fetch('https://example.org').then(() => 'sent', () => 'refused')")
+    assert refused == "refused"
+    page.get_log("browser")  # what the browser says of the refusals is no fault of the page
+    page.execute_script("document.querySelectorAll('img[src=x]').forEach(image => image.remove())")
 
 
 def test_hostile_prompts_are_read_as_text(page: Any) -> None:

@@ -79,7 +79,7 @@ def test_collapse_is_seen(tmp_path: Path) -> None:
     runs = load_runs(None, tmp_path)
     assert list(signatures.diversity(runs, GROUP, "base").values()) == pytest.approx([200 / 255] * 4)
     found = next(s for s in signatures.signatures(runs, GROUP) if s.name == "Mode collapse")
-    assert (found.level, found.number) == ("red", "10% of the base's diversity")
+    assert (found.level, found.number) == ("red", "10% [10%, 10%] of the base's diversity")
 
 
 def test_gaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
