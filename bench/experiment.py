@@ -176,10 +176,12 @@ class Experiment:
         A checkpoint decides nothing of the end, so it is not in the end's hash.
         """
         stage = self.training(span)
+        settings = self.suite.training(self.run.method)
         checkpoints = Checkpoints(
             self.run.folder / "stages" / f"training{span.iteration}",
             stage.hash,
-            self.suite.training(self.run.method).checkpoint_every,
+            settings.checkpoint_every,
+            settings.checkpoint_minutes,
         )
         results = [result for result in self.run.results if result.iteration == span.iteration]
         inside = {result.within: self.checkpoint(result, stage.hash) for result in results if not result.end}

@@ -15,6 +15,7 @@ INCIDENTAL = {
     "data.batch_size",
     "train.gradient_checkpointing",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.stop_on_collapse",
     "opponent.batch_size",
     "evaluation.batch_size",

@@ -67,12 +67,17 @@ def merge(unet: UNet2DConditionModel) -> None:
 
 def save(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the adapter alone, for `pipe.load_lora_weights(folder)` on the weights it was trained from."""
+    write(weights(unet), folder)
+
+
+def weights(unet: UNet2DConditionModel) -> dict[str, Tensor]:
+    """The adapter's weights under the names they are saved by."""
+    return {PREFIX + name.replace(".default.", "."): weight.detach() for name, weight in _weights(unet).items()}
+
+
+def write(weights: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        PREFIX + name.replace(".default.", "."): weight.detach().cpu().contiguous()
-        for name, weight in _weights(unet).items()
-    }
-    save_file(weights, folder / FILE)
+    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, folder / FILE)
 
 
 def load(unet: UNet2DConditionModel, folder: Path) -> None:

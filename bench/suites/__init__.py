@@ -73,6 +73,7 @@ class Train(Section):
     compile: bool = False
     log_every: int = Field(10, ge=1)
     checkpoint_every: int | None = Field(50, ge=1)
+    checkpoint_minutes: float = Field(0.0, ge=0)
     stop_on_collapse: bool = True
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bench.errors import BenchError
 from bench.storage.integrity import expecting
 from bench.storage.stages import MARKER, Stage, atomic_write
 
+T = TypeVar("T")
 STATE = "state.pt"
 COST = "cost.json"
 
@@ -31,6 +35,7 @@ class Checkpoints:
     folder: Path
     key: str
     every: int | None  # steps between two; None keeps none
+    minutes: float = 0.0  # between two at least, whatever the steps
 
     def due(self, step: int) -> bool:
         """Whether one is to be written after `step` steps of this training."""
@@ -82,6 +87,42 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         found = (path.parent.name.removeprefix("step") for path in self.folder.glob(f"step*/{MARKER}"))
         return sorted(int(name) for name in found if name.isdigit())
+
+
+class Writer:
+    """Writes one checkpoint after another; `beside` a training where that goes on without the processor.
+
+    What is written must then be a copy. A kill meanwhile leaves the checkpoint of before, as any kill does: a folder
+    that is not whole is none.
+    """
+
+    def __init__(self, beside: bool):
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if beside else None
+        self.writing: Future[None] | None = None
+
+    def write(self, call: Callable[[], None]) -> None:
+        """Begin with `call`, after the last one, whose error, if it had one, is raised."""
+        self.wait()
+        if self.thread is None:
+            call()
+        else:
+            self.writing = self.thread.submit(call)
+
+    def wait(self) -> None:
+        """Wait until all is written; raises what went wrong."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """The same without an error: a training that fails has one of its own."""
+        if self.thread is not None:
+            self.thread.shutdown()
+
+
+def copied(state: T) -> T:
+    """The same containers with copies of their tensors on the processor."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

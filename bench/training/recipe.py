@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from torch import nn
 
-from bench.errors import UsageError
+from bench.errors import BenchError, UsageError
+from bench.methods.base import Method, Pairing
+from bench.models import adapters
 from bench.runtime import processes
+from bench.training.batches import TrainData
 
 # settings that change speed, memory or when a training stops, and never a number it writes
-NEUTRAL = ("gradient_checkpointing", "checkpoint_every", "stop_on_collapse")
+NEUTRAL = ("gradient_checkpointing", "checkpoint_every", "checkpoint_minutes", "stop_on_collapse")
 # settings that came later: at their defaults they change nothing, so they do not make older results stale
 LATER = ("lr_schedule", "schedule_steps", "precision", "optimizer", "ema", "lora_rank", "compile")
 
@@ -44,6 +48,7 @@ class TrainSettings:
     compile: bool = False
     log_every: int = 10
     checkpoint_every: int | None = 50
+    checkpoint_minutes: float = 0.0
     stop_on_collapse: bool = True
     first_step: int = 0  # steps of earlier iterations: this one sees other noise and goes on in the data
 
@@ -124,3 +129,35 @@ def require_packages(optimizer: str, lora_rank: int | None) -> None:
                 f"train.{option} needs {package}, which is not installed: "
                 f"pip install 'diffusion-align-bench[{package}]'"
             )
+
+
+def expect_trainable(
+    policy: UNet2DConditionModel,
+    reference: UNet2DConditionModel | None,
+    method: Method,
+    data: TrainData,
+    settings: TrainSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Refuse what could only fail later or, worse, train something else."""
+    if policy.dtype != torch.float32:
+        raise BenchError(
+            f"the policy's weights are {policy.dtype}, in which small updates vanish: "
+            "train fp32 weights with mixed precision"
+        )
+    if method.pairing is not Pairing.WINNER and data.losers is None:
+        raise BenchError(f"{method.name} is trained on pairs, but the data has no losers")
+    if accelerator.mixed_precision != ("no" if settings.precision == "fp32" else settings.precision):
+        raise BenchError(
+            f"train.precision is {settings.precision}, but the accelerator was made for {accelerator.mixed_precision}"
+        )
+    if adapters.attached(policy) != (settings.lora_rank is not None):
+        raise BenchError(f"train.lora_rank is {settings.lora_rank}: the policy needs an adapter exactly then")
+    if reference is policy and settings.lora_rank is None:
+        raise BenchError("only a policy that trains an adapter can be its own reference")
+    if method.needs_reference and reference is None:
+        raise BenchError(f"{method.name} needs a reference model")
+    if settings.batch_size < accelerator.num_processes:
+        raise UsageError(
+            f"batch_size {settings.batch_size} is smaller than the number of processes, {accelerator.num_processes}"
+        )

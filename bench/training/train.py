@@ -6,28 +6,27 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from bench.errors import BenchError, UsageError, did_you_mean
+from bench.errors import BenchError, did_you_mean
 from bench.methods.base import Errors, Facts, Method, Pairing
 from bench.methods.signals import LOSS, WINNER_ERROR
-from bench.models import adapters, load_unet, save_unet
+from bench.models import adapters
+from bench.models.compiled import expect_same_gradients
 from bench.runtime.processes import Processes
 from bench.runtime.progress import track
 from bench.training.batches import Batch, TrainData, facts, micro_batches, sample_order
-from bench.training.checkpoint import Checkpoints, load_state, save_state
-from bench.training.compiled import expect_same_gradients
+from bench.training.checkpoint import Checkpoints, Writer, copied, load_state, save_state
 from bench.training.denoising import Denoiser, denoising_errors, differences, inner_products
-from bench.training.recipe import TrainSettings, make_optimizer
+from bench.training.recipe import TrainSettings, expect_trainable, make_optimizer
 from bench.training.signals import Broken, Row, Signals, Watch
+from bench.training.weights import copied_weights, load_weights, moving_average, place
 
 __all__ = ["TrainData", "TrainSettings", "train"]
 
@@ -75,7 +74,7 @@ def train(
     took until then; meanwhile `policy` is what it would be if the training ended there. Nothing is restarted, and the
     end is the same to the last bit. Raises BenchError when the training breaks or collapses.
     """
-    _check(policy, reference, method, data, settings, accelerator)
+    expect_trainable(policy, reference, method, data, settings, accelerator)
     loop = Loop(policy, reference, method, data, settings, noise_scheduler, seed, accelerator, flops_per_sample)
     start = loop.resume(checkpoints) if checkpoints else 0
     steps = range(start, settings.steps)
@@ -92,6 +91,7 @@ def train(
                 loop.save(checkpoints, step)
         loop.finish()
     except Broken as error:
+        loop.writer.wait()
         kept = checkpoints.newest() if checkpoints else None
         raise Broken(f"{error}; last good checkpoint: {kept or 'none was written yet'}") from None
     finally:
@@ -119,10 +119,10 @@ class Loop:
         self.paired = method.pairing is not Pairing.WINNER
         device, prediction_type = accelerator.device, noise_scheduler.config.prediction_type
         self.alpha_bar = noise_scheduler.alphas_cumprod.to(device, torch.float32)
-        unet = self._compiled(_place(policy, device))
+        unet = self._compiled(place(policy, device))
         self.reference, self.own_reference = None, reference is policy
         if reference is not None:
-            frozen = unet if self.own_reference else self._compiled(_place(reference, device).requires_grad_(False))
+            frozen = unet if self.own_reference else self._compiled(place(reference, device).requires_grad_(False))
             self.reference = Denoiser(frozen, prediction_type)
         if settings.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
@@ -139,7 +139,8 @@ class Loop:
         )
         self.watch = Watch(method, settings.stop_on_collapse, scaled=accelerator.scaler is not None)
         self.history: list[Row] = []
-        self.started, self.earlier = time.perf_counter(), 0.0
+        self.started = self.saved = time.perf_counter()
+        self.earlier, self.writer = 0.0, Writer(beside=device.type == "cuda")
         if settings.compile:
             self._check_compiler(Denoiser(policy, prediction_type))
         if device.type == "cuda":
@@ -265,28 +266,45 @@ class Loop:
         self.history.append(row)
 
     def save(self, checkpoints: Checkpoints, step: int) -> None:
-        """Keep everything that decides the steps after this one; never a state that looks broken."""
+        """Keep everything that decides the steps after this one; never a state that looks broken.
+
+        On a GPU the training waits for a copy of it alone, some seconds; it is written while the next steps are made.
+        """
+        if not self._rested(checkpoints):
+            return
         signals = self.signals.state()
         if not (self.watch.calm and self._finite(signals["totals"])):
             return
-        began = time.perf_counter()
+        began = self.saved = time.perf_counter()
         if self.accelerator.is_main_process:
+            self.writer.wait()  # first, so that there is one copy at a time
             scaler = self.accelerator.scaler
-            with checkpoints.write(step + 1, self.earlier + began - self.started) as folder:
-                _save_weights(self.policy, folder)
-                save_state(
-                    folder,
-                    {
-                        "step": step + 1,
-                        "signals": signals,
-                        "history": self.history,
-                        "optimizer": self.optimizer.state_dict(),
-                        "ema": self.ema.state_dict() if self.ema is not None else None,
-                        "scaler": scaler.state_dict() if scaler is not None else None,
-                    },
-                )
+            state = copied(
+                {
+                    "step": step + 1,
+                    "signals": signals,
+                    "history": list(self.history),
+                    "optimizer": self.optimizer.state_dict(),
+                    "ema": self.ema.state_dict() if self.ema is not None else None,
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                }
+            )
+            save_weights, seconds = copied_weights(self.policy), self.earlier + began - self.started
+
+            def write() -> None:
+                with checkpoints.write(step + 1, seconds) as folder:
+                    save_weights(folder)
+                    save_state(folder, state)
+
+            self.writer.write(write)
         self.processes.wait()
         self.signals.started += time.perf_counter() - began  # the rates are those of the training alone
+
+    def _rested(self, checkpoints: Checkpoints) -> bool:
+        """Whether the last checkpoint is long enough ago; by the main process's clock, since all take part in one."""
+        if not checkpoints.minutes:
+            return True
+        return self.processes.once(lambda: time.perf_counter() - self.saved >= 60 * checkpoints.minutes)
 
     def _finite(self, totals: dict[str, list[float]]) -> bool:
         """Whether the signals since the last row and the weights themselves are finite."""
@@ -331,7 +349,7 @@ class Loop:
         if folder is None:
             return 0
         state = load_state(folder)
-        _load_weights(self.policy, folder)
+        load_weights(self.policy, folder)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -348,6 +366,7 @@ class Loop:
     def finish(self) -> None:
         """Leave the moving average in the policy, where one is kept."""
         self.expect_finite(self.settings.steps)
+        self.writer.wait()
         if self.ema is not None:
             self.ema.copy_to(self.trained)
 
@@ -357,71 +376,10 @@ class Loop:
         The forward that accelerate puts on a model for mixed precision refers to the model: a cycle, which would hold
         weights, gradients and optimizer on the device until Python happens to look for cycles.
         """
+        self.writer.close()
         if self.settings.gradient_checkpointing:
             self.policy.disable_gradient_checkpointing()
         plain = self.accelerator.unwrap_model(self.denoiser, keep_fp32_wrapper=False)
         vars(plain).pop("forward", None)  # the class's own, bound to the model: a cycle too
         del self.denoiser, self.optimizer, self.reference, plain
         self.accelerator.free_memory()
-
-
-def moving_average(weights: list[nn.Parameter], decay: float) -> EMAModel:
-    """a <- decay a + (1 - decay) w after every step, a being the weights w before the first.
-
-    Left to itself diffusers' class takes a <- w at the first step and then min(decay, n / (9 + n)) at step n: a ramp
-    under which 0.999 means 0.7 at step 20 and is reached at 9,000, later than most trainings here end.
-    """
-    return EMAModel(weights, decay=decay, min_decay=decay, update_after_step=-1, foreach=True)
-
-
-def _place(unet: UNet2DConditionModel, device: torch.device) -> UNet2DConditionModel:
-    """Move a UNet for training; eval mode keeps dropout, if a configuration has any, out of the errors."""
-    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    return unet.to(device, memory_format=layout).eval()
-
-
-def _save_weights(policy: UNet2DConditionModel, folder: Path) -> None:
-    """`unet/`, which loads in plain diffusers, or the adapter alone where only that is trained."""
-    if adapters.attached(policy):
-        adapters.save(policy, folder / "lora")
-    else:
-        save_unet(policy, folder / "unet")
-
-
-def _load_weights(policy: UNet2DConditionModel, folder: Path) -> None:
-    if adapters.attached(policy):
-        adapters.load(policy, folder / "lora")
-    else:
-        policy.load_state_dict(load_unet(folder / "unet").state_dict())
-
-
-def _check(
-    policy: UNet2DConditionModel,
-    reference: UNet2DConditionModel | None,
-    method: Method,
-    data: TrainData,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-) -> None:
-    """Refuse what could only fail later or, worse, train something else."""
-    if policy.dtype != torch.float32:
-        raise BenchError(
-            f"the policy's weights are {policy.dtype}, in which small updates vanish: "
-            "train fp32 weights with mixed precision"
-        )
-    if method.pairing is not Pairing.WINNER and data.losers is None:
-        raise BenchError(f"{method.name} is trained on pairs, but the data has no losers")
-    if accelerator.mixed_precision != ("no" if settings.precision == "fp32" else settings.precision):
-        raise BenchError(
-            f"train.precision is {settings.precision}, but the accelerator was made for {accelerator.mixed_precision}"
-        )
-    if adapters.attached(policy) != (settings.lora_rank is not None):
-        raise BenchError(f"train.lora_rank is {settings.lora_rank}: the policy needs an adapter exactly then")
-    if reference is policy and settings.lora_rank is None:
-        raise BenchError("only a policy that trains an adapter can be its own reference")
-    if method.needs_reference and reference is None:
-        raise BenchError(f"{method.name} needs a reference model")
-    if settings.batch_size < accelerator.num_processes:
-        raise UsageError(
-            f"batch_size {settings.batch_size} is smaller than the number of processes, {accelerator.num_processes}"
-        )

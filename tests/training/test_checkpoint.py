@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -25,11 +28,12 @@ from bench.errors import BenchError
 from bench.experiment import Experiment
 from bench.methods.diffusion_dpo import DiffusionDPO
 from bench.methods.sft import SFT
-from bench.models import load_unet
+from bench.models import adapters, load_unet
 from bench.shared import Shared
 from bench.storage import runs
 from bench.suites import load_suite
-from bench.training.checkpoint import Checkpoints
+from bench.training import train as training
+from bench.training.checkpoint import Checkpoints, Writer
 from bench.training.train import Loop, train
 
 RATES = ["pairs_per_s", "images_per_s"]  # what time it took, the one thing that may differ
@@ -305,3 +309,73 @@ def test_the_time_of_the_killed_process_is_part_of_the_cost(workplace, dies, mon
     monkeypatch.setattr(Checkpoints, "seconds", lambda self: 1000.0)
     trained(run, shared)
     assert json.loads((run.folder / "cost.json").read_text())["stages"][0]["seconds"] > 1000
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """States written while the training goes on, as on a GPU."""
+    monkeypatch.setattr(training, "Writer", lambda beside: Writer(True))
+
+
+@pytest.mark.parametrize("changes", [{"ema": 0.9}, {"optimizer": "adamw8bit"}, {"lora_rank": 2}])
+def test_a_state_written_beside_the_training_is_that_of_its_step(
+    base, accelerator, tmp_path, dies, beside, monkeypatch, changes
+):
+    """The disk is slower than two steps; what is written is of the step that it was begun after, to the bit."""
+    if "lora_rank" in changes:
+        base = copy.deepcopy(base)
+        adapters.attach(base, 2, 0)
+    undisturbed = go(base, accelerator, **changes)
+    slow, done = training.save_state, []
+
+    def save_state(folder, state):
+        while len(done) < state["step"] + 1:  # until the next step has changed all that was copied
+            time.sleep(0.001)
+        slow(folder, state)
+
+    step = Loop.step
+    monkeypatch.setattr(training, "save_state", save_state)
+    monkeypatch.setattr(Loop, "step", lambda self, number: step(self, number) or done.append(number))
+    checkpoints = Checkpoints(tmp_path, "key", 2)
+    dies(6)
+    with pytest.raises(Killed):
+        go(base, accelerator, checkpoints, **changes)
+    assert checkpoints.reached() == 4
+    dies(None)
+    done += [0] * 10
+    assert_same(go(base, accelerator, checkpoints, **changes), undisturbed)
+
+
+def test_what_goes_wrong_beside_the_training_ends_it_and_leaves_the_state_of_before(
+    base, accelerator, tmp_path, beside, monkeypatch
+):
+    write = training.save_state
+
+    def full(folder, state):
+        if state["step"] == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, state)
+
+    monkeypatch.setattr(training, "save_state", full)
+    checkpoints = Checkpoints(tmp_path, "key", 2)
+    with pytest.raises(OSError, match="No space left"):
+        go(base, accelerator, checkpoints)
+    assert checkpoints.reached() == 2 and [path.name for path in tmp_path.iterdir()] == ["step2"]
+
+
+def test_states_are_minutes_apart_where_asked(base, accelerator, tmp_path, monkeypatch):
+    """Steps of 100 seconds, 5 minutes between two: at 3 of every step, then 6; of every second step, 4 alone."""
+    now, step = [0.0], Loop.step
+
+    def slow(self, number):
+        now[0] += 100
+        step(self, number)
+
+    monkeypatch.setattr(Loop, "step", slow)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for every, expected in ((1, [3, 6]), (2, [4])):
+        written = []
+        monkeypatch.setattr(Writer, "write", lambda self, call, to=written: to.append(now[0] // 100) or call())
+        now[0] = 0.0
+        go(base, accelerator, Checkpoints(tmp_path / str(every), "key", every, 5.0))
+        assert written == expected

@@ -76,7 +76,7 @@ def test_a_training_begun_channels_last_is_resumed_contiguous(base, accelerator,
 
     def go(layout, checkpoints=None, stop=False):
         policy = copy.deepcopy(base)
-        monkeypatch.setattr(training, "_place", lambda unet, device: unet.to(memory_format=layout).eval())
+        monkeypatch.setattr(training, "place", lambda unet, device: unet.to(memory_format=layout).eval())
         settings = replace(SMALL, steps=4, lr=0.01)
         with monkeypatch.context() as patch:
             if stop:
