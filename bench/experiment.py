@@ -141,7 +141,7 @@ class Experiment:
                 "pairs": fingerprint(pairs.tolist()),
                 "seed": self.run.seed,
                 "iteration": span.iteration,
-                **settings.model_dump(exclude={"batch_size"}),
+                **settings.identity(),
             },
         )
         rows = opponent_keys([self.shared.encoded.pairs.prompts[pair] for pair in pairs], self.run.seed, span.iteration)
@@ -151,7 +151,8 @@ class Experiment:
 
         def prepare() -> pieces.Make:
             output = "roundtrip" if settings.roundtrip else "latents"
-            sampler = Sampler(self.frozen.pipe, **how, unet=self.frozen.unet(reference), output=output, name=title)
+            unet = self.frozen.unet(reference)
+            sampler = Sampler(self.frozen.pipe, **how, unet=unet, output=output, name=title, compile=settings.compile)
 
             def draw(number: int, folder: Path) -> None:
                 latents = sampler([rows[row] for row in batches[number]])

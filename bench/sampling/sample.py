@@ -11,10 +11,12 @@ from typing import Literal
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
 
 from bench.errors import BenchError, UsageError, did_you_mean
 from bench.models.chunks import chunks
+from bench.models.compiled import expect_same_output
 from bench.runtime.progress import track
 from bench.runtime.seeding import derive, normal
 from bench.storage.cache import encode_image_batch, encode_prompt_batch
@@ -106,6 +108,9 @@ class Sampler:
     is sampling from the model itself and costs one UNet evaluation per step; any other value costs two. Below 1 that
     leans towards the empty prompt, and 0 ignores the prompt, where diffusers' pipelines take anything up to 1 for 1.
 
+    With `compile` the UNet goes through torch.compile, and its first answer is held against the plain model's. Sizes of
+    batches may differ: at the second one torch makes a graph for any.
+
     Raises BenchError where the UNet's latents or the VAE's pixels are not finite: as 8-bit images they would be black
     or white, and be scored.
     """
@@ -120,6 +125,7 @@ class Sampler:
         output: Output = "images",
         unet: UNet2DConditionModel | None = None,
         name: str = "model",
+        compile: bool = False,
     ):
         if scheduler not in SCHEDULERS:
             raise UsageError(
@@ -131,13 +137,14 @@ class Sampler:
         self.unet = (pipe.unet if unet is None else unet).eval()
         if self.unet.device.type == "cuda":
             self.unet.to(memory_format=torch.channels_last)
+        self.network = Checked(self.unet) if compile else self.unet
         self.solver = SCHEDULERS[scheduler](pipe.scheduler.config)
         if steps > (known := self.solver.config.num_train_timesteps):
             raise UsageError(f"{steps} steps: the model has {known} timesteps, a solver takes at most as many steps")
         self.null = torch.from_numpy(encode_prompt_batch(pipe, [""])[0])
 
     def __call__(self, batch: Sequence[Key]) -> np.ndarray:
-        latents = _denoise(self.unet, self.solver, self._context(batch), self.null, batch, self.guidance, self.steps)
+        latents = _denoise(self.network, self.solver, self._context(batch), self.null, batch, self.guidance, self.steps)
         if self.output == "latents":
             self._expect_finite(batch, {"UNet": latents})
             return latents.cpu().numpy()
@@ -169,6 +176,29 @@ class Sampler:
         return table[[row[prompt] for _, prompt in batch]]
 
 
+class Checked(nn.Module):
+    """A compiled UNet, whose first output must be the plain one's."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.config, self.plain, self.compiled, self.checked = unet.config, unet, torch.compile(unet), False
+
+    @property
+    def device(self) -> torch.device:
+        return self.plain.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plain.dtype
+
+    def forward(self, *arguments: Tensor, **context: Tensor) -> UNet2DConditionOutput:
+        found = self.compiled(*arguments, **context)
+        if not self.checked:
+            expect_same_output(found.sample, self.plain(*arguments, **context).sample, self.dtype)
+            self.checked = True
+        return found
+
+
 def initial_latents(chosen: Sequence[Key], shape: tuple[int, ...]) -> Tensor:
     """The starting noise of every (seed, prompt), fp32 `[B, *shape]`, the same on every device."""
     return normal([derive("sample", seed, prompt) for seed, prompt in chosen], shape)
@@ -183,7 +213,7 @@ def latent_shape(unet: UNet2DConditionModel) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def _denoise(
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | Checked,
     solver: DDIMScheduler | PNDMScheduler | DDPMScheduler,
     context: Tensor,
     null: Tensor,

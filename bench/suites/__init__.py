@@ -83,6 +83,11 @@ class Opponent(Section):
     scheduler: Scheduler = "ddim"
     batch_size: int = Field(64, ge=1)
     roundtrip: bool = False
+    compile: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the samples, for the hash of a stage; `compile` came later, and is in it where it is used."""
+        return self.model_dump(exclude={"batch_size"} if self.compile else {"batch_size", "compile"})
 
 
 class Prompts(Section):

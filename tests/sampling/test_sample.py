@@ -197,3 +197,52 @@ def test_guidance_below_one_leans_towards_the_empty_prompt_and_zero_is_it():
     empty, half, whole = (sample(PIPE, ["dog"], guidance=g, **options) for g in (0.0, 0.5, 1.0))
     assert np.abs(whole - empty).max() > 1e-3
     np.testing.assert_allclose(half, (empty + whole) / 2, atol=1e-4)  # one DDIM step is linear in the prediction
+
+
+class Compiled(torch.nn.Module):
+    """Stands in for what torch.compile returns; its answers are off by a factor."""
+
+    def __init__(self, wrapped, factor=1.0):
+        super().__init__()
+        self.wrapped, self.factor, self.calls = wrapped, factor, 0
+
+    def forward(self, *arguments, **options):
+        self.calls += 1
+        output = self.wrapped(*arguments, **options)
+        output.sample = output.sample * self.factor
+        return output
+
+
+def test_compiled_the_sampler_makes_the_same_images_and_leaves_no_wrapper(monkeypatch):
+    made, passes = [], []
+    monkeypatch.setattr(torch, "compile", lambda unet: made.append(Compiled(unet)) or made[-1])
+    options = {"guidance": 3.0, "steps": 3, "output": "latents"}
+    hook = PIPE.unet.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    compiled = sampling.Sampler(PIPE, compile=True, **options)
+    rows = sampling.keys(PROMPTS, [1])
+    found = [compiled(rows), compiled(rows[:3])]
+    hook.remove()
+    assert made[0].wrapped is PIPE.unet and made[0].calls == 6
+    assert passes == [8] * 4 + [6] * 3  # one pass more, the first, to compare with
+    plain = sampling.Sampler(PIPE, **options)
+    assert len(made) == 1
+    np.testing.assert_array_equal(found[0], plain(rows))
+    np.testing.assert_array_equal(found[1], plain(rows[:3]))
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_compiler_with_wrong_answers_is_refused_in_the_first_step(monkeypatch, factor):
+    monkeypatch.setattr(torch, "compile", lambda unet: Compiled(unet, factor))
+    sampler = sampling.Sampler(PIPE, guidance=1.0, steps=2, compile=True)
+    with pytest.raises(UsageError, match="wrongly for a cpu: its output is (1|nan)% off; set opponent.compile=false"):
+        sampler([(1, "a red cat")])
+
+
+@pytest.mark.slow
+def test_compiled_for_real_samples_are_the_same_up_to_rounding():
+    """Two sizes of batches; a minute of compiling."""
+    options = {"guidance": 3.0, "steps": 3, "output": "latents"}
+    rows = sampling.keys(PROMPTS, [1])
+    compiled, plain = (sampling.Sampler(PIPE, compile=compile, **options) for compile in (True, False))
+    for batch in (rows, rows[:3]):
+        np.testing.assert_allclose(compiled(batch), plain(batch), atol=1e-3)

@@ -268,3 +268,11 @@ def test_a_stored_run_of_before_has_its_judge_among_the_metrics(judge, metrics, 
     settings |= {"metrics": ["clip"], "metric_options": {"clip": {"batch_size": 2}}, "judge": judge}
     suite = stored_suite(settings)
     assert suite.metrics == metrics and suite.metric_options == options
+
+
+def test_a_setting_that_came_later_makes_no_opponent_stale():
+    """The hash of a stage of before it existed: these names and no others."""
+    opponent = load_suite("mini").opponent
+    assert list(opponent.identity()) == ["guidance", "steps", "scheduler", "roundtrip"]
+    compiled = load_suite("mini", ["opponent.compile=true"]).opponent.identity()
+    assert compiled == {**opponent.identity(), "compile": True}
