@@ -17,7 +17,7 @@ from bench import models, registry, walk
 from bench.costs import cost
 from bench.errors import BenchError
 from bench.methods.base import Method, Pairing
-from bench.models import adapters
+from bench.models import adapters, rounding
 from bench.models.frozen import Weights
 from bench.protocol import write_cost, write_protocol, write_warnings
 from bench.runtime import processes
@@ -199,6 +199,7 @@ class Experiment:
         for result in results:
             made = stage if result.end else inside[result.within]
             self.weights[result] = Weights(made.directory / "unet", made.hash)
+            self.warn_of_rounding(result, self.ends[span.iteration - 1])
         self.ends.append(Weights(stage.directory / "unet", stage.hash))
         self.record(stage, log_scalar)
 
@@ -359,6 +360,14 @@ class Experiment:
         stage = self.run.folder / "stages" / f"scores{result.name.removeprefix('iter')}-{name}-g{guidance:g}"
         self.done += [images, stage]
         return evaluator.score(model, name, guidance, images, stage)
+
+    def warn_of_rounding(self, result: Result, start: Weights) -> None:
+        """Where the precision of sampling does not show what the training that began at `start` did."""
+        if self.processes.main:
+            end = self.weights[result]
+            text = rounding.warning(result.title, start.folder, end.folder, self.suite.model.dtype)
+            if text:
+                self.warn(text)
 
     def warn(self, text: str) -> None:
         """Say it in the terminal and in the protocol, from which tables and the page take it."""

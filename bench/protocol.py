@@ -17,6 +17,7 @@ from bench.errors import BenchError
 from bench.methods.signals import EVERY_TRAINING
 from bench.models.random_weights import REMARK, is_random
 from bench.runtime.machine import device_name, git_commit
+from bench.runtime.processes import tf32
 from bench.runtime.versions import versions
 from bench.shared import Shared
 from bench.storage import integrity
@@ -103,6 +104,7 @@ def this_process(shared: Shared) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "device": device_name(shared.accelerator.device),
         "threads": torch.get_num_threads(),
+        "tf32": tf32(),
         "processes": shared.processes.count,
     }
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from bench.errors import BenchError
 
@@ -90,7 +90,7 @@ class Processes:
             return call()
         import torch.distributed as dist
 
-        found = [call() if self.main else None]
+        found: list[Any] = [call() if self.main else None]
         dist.broadcast_object_list(found, group=_patient())
         return found[0]
 

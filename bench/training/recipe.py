@@ -86,6 +86,7 @@ def make_optimizer(trained: list[nn.Parameter], settings: TrainSettings, device:
         "betas": (settings.adam_beta1, settings.adam_beta2),
         "weight_decay": settings.weight_decay,
     }
+    optimizer: torch.optim.Optimizer
     if settings.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, fused=device.type in ("cpu", "cuda"), **options)
         optimizer.register_load_state_dict_post_hook(_lay_out_moments)

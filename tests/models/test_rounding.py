@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
+import tiny_bench
 import torch
 from tiny import make_unet
 
-from bench.models import save_unet
+from bench.experiment import Experiment
+from bench.models import load_unet, save_unet
 from bench.models.rounding import movement, warning
+from bench.shared import Shared
+from bench.storage import runs
+from bench.suites import load_suite
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,6 @@ def filled(value) -> torch.nn.Module:
 
 def moved(start: Path, folder: Path, distance: float) -> Path:
     """The UNet a random step away, each weight by `distance` up or down."""
-    from bench.models import load_unet
-
     unet = load_unet(start)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -71,3 +75,17 @@ def test_the_papers_smallest_steps_are_below_half_precision_and_usual_ones_are_n
             said.startswith("SPIN 3: training moved its weights by 5.0e-06") and f"rounding them to {precision}" in said
         )
         assert said.endswith("set model.dtype=fp32" if precision == "fp16" else "set model.dtype=fp16 or fp32")
+
+
+@pytest.mark.parametrize(("lr", "told"), [("1e-8", True), ("1e-1", False)])
+def test_a_run_says_so_where_its_numbers_are_read(tiny_pipeline_folder, tmp_path, monkeypatch, darkness, lr, told):
+    tiny_bench.write_suite(tmp_path, tiny_pipeline_folder)
+    monkeypatch.chdir(tmp_path)
+    settings = ["model.dtype=bf16", f"methods.sft.iterations.0.lr={lr}", "evaluation.prompt_sets.test.limit=1"]
+    shared = Shared(load_suite("tiny.yaml", settings))
+    run = runs.create("sft", shared.suite, 0, 1)
+    Experiment(run, shared).stages(lambda *scalar: None)
+    record = json.loads((run.folder / "protocol.json").read_text())
+    found = [text for text in record["warnings"] if "rounding" in text]
+    assert len(found) == told and all(text.startswith(run.results[0].title) for text in found)
+    assert record["processes"][0]["tf32"] == {"matmul": False, "convolution": False}
