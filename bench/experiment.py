@@ -154,9 +154,10 @@ class Experiment:
             unet = self.frozen.unet(reference)
             sampler = Sampler(self.frozen.pipe, **how, unet=unet, output=output, name=title, compile=settings.compile)
 
-            def draw(number: int, folder: Path) -> None:
-                latents = sampler([rows[row] for row in batches[number]])
-                pieces.write_array(pieces.path(folder, number, ".npy"), latents)
+            def draw(number: int, folder: Path) -> list[Path]:
+                drawn = pieces.path(folder, number, ".npy")
+                pieces.write_array(drawn, sampler([rows[row] for row in batches[number]]))
+                return [drawn]
 
             return draw
 

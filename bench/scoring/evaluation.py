@@ -92,10 +92,11 @@ class Evaluator:
             network = self.frozen.unet(model.weights)
             sampler = Sampler(self.frozen.pipe, **how, unet=network, name=model.result.title)
 
-            def draw(number: int, folder: Path) -> None:
+            def draw(number: int, folder: Path) -> list[Path]:
                 batch = slice(batches[number].start, batches[number].stop)
-                paths = evaluate.image_paths(folder, prompts.ids, settings.seeds)
-                evaluate.write_images(paths[batch], sampler(rows[batch]))
+                paths = evaluate.image_paths(folder, prompts.ids, settings.seeds)[batch]
+                evaluate.write_images(paths, sampler(rows[batch]))
+                return paths
 
             return draw
 
@@ -121,14 +122,16 @@ class Evaluator:
         rows = keys(prompts.prompts, seeds)
         blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
 
-        def score(number: int, folder: Path) -> None:
+        def score(number: int, folder: Path) -> list[Path]:
             block = slice(blocks[number].start, blocks[number].stop)
             paths = evaluate.image_paths(drawn.directory, prompts.ids, seeds)[block]
             images, asked = evaluate.read_images(paths), [prompt for _, prompt in rows[block]]
             values = self.scorers.score(images, asked)
             blank = [asked[row] for row in np.flatnonzero(evaluate.blank(images))]
-            atomic_write(pieces.path(folder, number, f".{BLANK}"), json.dumps(blank))
-            write_table(pieces.path(folder, number, ".parquet"), pd.DataFrame(values))
+            files = [pieces.path(folder, number, suffix) for suffix in (f".{BLANK}", ".parquet")]
+            atomic_write(files[0], json.dumps(blank))
+            write_table(files[1], pd.DataFrame(values))
+            return files
 
         def join(folder: Path) -> None:
             parts = [pd.read_parquet(pieces.path(folder, number, ".parquet")) for number in range(len(blocks))]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,7 +40,22 @@ def sha256(path: Path) -> str:
 
 def manifest(folder: Path, leave_out: Callable[[str], bool] = lambda name: False) -> Files:
     """Size and hash of every file below a folder, but for hidden ones and those whose names `leave_out` knows."""
-    return {name: [path.stat().st_size, sha256(path)] for name, path in _files(folder) if not leave_out(name)}
+    return entries(folder, [path for name, path in _files(folder) if not leave_out(name)])
+
+
+def entries(folder: Path, paths: Iterable[Path]) -> Files:
+    """Size and hash of some files below a folder."""
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, sha256(path)] for path in paths}
+
+
+def listed(marker: Any) -> Files:
+    """The files that a marker names: none where an older version wrote it. ValueError where it is no marker."""
+    files = marker.get("files", {}) if isinstance(marker, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, list) and list(map(type, entry)) == [int, str] for entry in files.values()
+    ):
+        raise ValueError("no size and hash for every file")
+    return files
 
 
 def missing(folder: Path, files: Files) -> Damage | None:

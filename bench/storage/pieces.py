@@ -14,17 +14,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bench.runtime.processes import Processes
 from bench.runtime.progress import track
+from bench.storage import integrity
 from bench.storage.integrity import new_array, read_array
 from bench.storage.meter import metered, write_spent
 from bench.storage.stages import Stage, atomic_write, temporary
 
 FOLDER = "pieces"
-Make = Callable[[int, Path], None]
+Make = Callable[[int, Path], Sequence[Path]]
+"""Makes piece n in a folder, and returns the files it wrote there."""
 
 
 def divided(
@@ -42,8 +45,8 @@ def divided(
     `prepare` loads what is needed and returns a function that makes piece n in the stage's folder, its files whole
     (`atomic_write`); those of the piece alone go under `path(folder, n, suffix)`. When all are there, `join` makes
     of them what stays. A killed process loses the piece it was at; the next launch goes on from there, with any
-    number of processes. Of two runs that need the same stage at the same time, the second waits for the first, and
-    takes over should that one be killed.
+    number of processes, and makes a piece again whose files are not what was written. Of two runs that need the same
+    stage at the same time, the second waits for the first, and takes over should that one be killed.
     """
     if processes.once(lambda: not stage.whole):
         with stage.held() if processes.main else nullcontext():
@@ -65,7 +68,7 @@ def _divided(
 ) -> None:
     """Make what is missing of a stage, all processes of one launch together, and put it in place."""
     folder = stage.unfinished([len(piece) for piece in pieces])
-    earlier = processes.once(lambda: finished(folder, len(pieces)))
+    earlier = processes.once(lambda: _whole(folder, len(pieces)))
     missing = [number for number in range(len(pieces)) if number not in earlier]
     with metered() as spent:
         _make(stage, folder, processes, pieces, processes.share(missing), prepare, description)
@@ -111,8 +114,25 @@ def finished(folder: Path, count: int) -> dict[int, float]:
     there = {}
     for number in range(count):
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is made again
-            there[number] = json.loads(path(folder, number, ".json").read_text())["seconds"]
+            marker = _marker(folder, number)
+            integrity.listed(marker)
+            there[number] = float(marker["seconds"])
     return there
+
+
+def _whole(folder: Path, count: int) -> dict[int, float]:
+    """The same, of those whose files are what was written; others are named, and count as missing."""
+    there = finished(folder, count)
+    for number in list(there):
+        if found := integrity.damage(folder, integrity.listed(_marker(folder, number))):
+            integrity.say(found, "made again")
+            path(folder, number, ".json").unlink()
+            del there[number]
+    return there
+
+
+def _marker(folder: Path, number: int) -> dict[str, Any]:
+    return json.loads(path(folder, number, ".json").read_text())
 
 
 def batches(count: int, size: int) -> list[range]:
@@ -141,9 +161,9 @@ def _make(
         for number in own:
             marker = path(folder, number, ".json")
             began = time.perf_counter()
-            make(number, folder)
+            files = integrity.entries(folder, make(number, folder))
             seconds = (time.perf_counter() - began) / processes.count
-            atomic_write(marker, json.dumps({"seconds": seconds}))
+            atomic_write(marker, json.dumps({"seconds": seconds, "files": files}))
             bar.update(len(pieces[number]))
 
 

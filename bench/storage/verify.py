@@ -19,6 +19,7 @@ from bench.suites.keys import flat
 SEAL = "seal.json"
 """In the folder of a finished run: size and hash of every file that is in no stage (tables, protocol, base images)."""
 CONFIG = "config.json"
+IN_STAGES = (MARKER, "cost.json", "rows.npy")  # every stage holds its marker, and one of the others
 REMEDY = "bench run --resume RUN sets it aside and makes that again, and nothing else"
 
 
@@ -114,38 +115,40 @@ def _stands_on(inputs: Any, below: dict[str, Any]) -> bool:
     encoded, data = below.get("inputs"), inputs.get("data")
     if isinstance(encoded, dict) and encoded.get("kind") in ("latents", "prompts") and isinstance(data, dict):
         return all(encoded.get(name, value) == value for name, value in data.items() if name != "precision")
-    return below.get("hash") in flat(inputs).values()
+    return "hash" in below and below["hash"] in flat(inputs).values()
 
 
 def _stages(root: Path) -> Iterator[Path]:
-    """The finished stages below a folder, but for those set aside and those in hidden folders."""
-    for path in sorted(root.rglob(MARKER)):
-        inside = path.relative_to(root).parts
-        if not any(part.startswith(".") or DAMAGED in part for part in inside):
-            yield path.parent
+    """The finished stages below a folder, those that have lost their marker too, but for those set aside and those in
+    hidden folders."""
+    for folder in sorted({path.parent for name in IN_STAGES for path in root.rglob(name)}):
+        inside = folder.relative_to(root).parts
+        if not any(part.startswith(".") or DAMAGED in part for part in inside) and not (folder / CONFIG).exists():
+            yield folder
 
 
 def _marker(stage: Path) -> dict[str, Any]:
     try:
         marker = json.loads((stage / MARKER).read_text())
+        integrity.listed(marker)
     except (OSError, ValueError):
         return {}
-    return marker if isinstance(marker, dict) else {}
+    return marker
 
 
 def _stage_damage(stage: Path) -> list[Damage]:
     marker = _marker(stage)
     if not marker:
         return [Damage(stage / MARKER, "is missing or no marker that can be read")]
-    return integrity.damage(stage, marker.get("files") or {})
+    return integrity.damage(stage, integrity.listed(marker))
 
 
 def _seal_damage(folder: Path) -> list[Damage]:
     try:
-        files = json.loads((folder / SEAL).read_text())["files"]
+        files = integrity.listed(json.loads((folder / SEAL).read_text()))
     except FileNotFoundError:
         return []  # not finished, or of an older version
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return [Damage(folder / SEAL, "cannot be read")]
     return integrity.damage(folder, files)
 

@@ -162,6 +162,18 @@ def test_what_was_made_from_what_is_found_at_any_remove_and_nothing_else():
     assert made_from(markers[Path("a")], markers) == [Path("b"), Path("c")]
 
 
+def test_a_lost_marker_is_found(here, capsys):
+    places = ("results/cache/images-*", "results/cache/latents-*/*", "results/runs/*/iter2")
+    stages = [stage for place in places for stage in Path().glob(place)]
+    assert len(stages) == len(places)
+    for stage in stages:
+        (stage / MARKER).unlink()
+    assert bench("verify") == 1
+    said = capsys.readouterr().out
+    for stage in stages:
+        assert f"  {stage / MARKER} is missing" in said and f"made from {stage}: nothing else" in said
+
+
 def test_stages_of_older_versions_are_used_and_called_unverified(here, capsys):
     for path in Path("results").rglob(MARKER):
         marker = json.loads(path.read_text())

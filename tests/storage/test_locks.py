@@ -109,8 +109,9 @@ def test_a_file_system_without_locks_is_told_and_work_goes_on(tmp_path, capsys, 
 def make(stage: Stage, processes: Processes) -> None:
     """A stage of eight rows, of ones; the joined file is open, and empty, for a while before it is filled."""
 
-    def draw(number: int, folder: Path) -> None:
+    def draw(number: int, folder: Path) -> list[Path]:
         pieces.write_array(pieces.path(folder, number, ".npy"), np.ones((1, 3), np.float32))
+        return [pieces.path(folder, number, ".npy")]
 
     pieces.divided(
         stage,
@@ -154,15 +155,16 @@ def test_pairs_of_processes_that_make_one_stage_leave_it_whole(tmp_path, acceler
 def test_the_second_takes_over_from_a_killed_one_and_keeps_its_pieces(tmp_path, accelerator):
     stage, made = Stage(tmp_path / "stage", {}), []
 
-    def draw(number: int, folder: Path, deadly: bool) -> None:
+    def draw(number: int, folder: Path, deadly: bool) -> list[Path]:
         made.append(number)
         pieces.write_array(pieces.path(folder, number, ".npy"), np.ones((1, 3), np.float32))
         if deadly and number == 5:
             os.kill(os.getpid(), signal.SIGKILL)
+        return [pieces.path(folder, number, ".npy")]
 
     def work(deadly: bool) -> None:
-        def make(number: int, folder: Path) -> None:
-            draw(number, folder, deadly)
+        def make(number: int, folder: Path) -> list[Path]:
+            return draw(number, folder, deadly)
 
         pieces.divided(stage, Processes(accelerator), "test", BATCHES, lambda: make)
 

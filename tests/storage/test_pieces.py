@@ -28,11 +28,12 @@ def work(stage: Stage, processes: Processes, stop: int | None = None) -> list[in
     made = []
 
     def prepare() -> pieces.Make:
-        def make(number: int, folder: Path) -> None:
+        def make(number: int, folder: Path) -> list[Path]:
             pieces.write_array(pieces.path(folder, number, ".npy"), np.array(BATCHES[number]))
             if number == stop:
                 raise RuntimeError
             made.append(number)
+            return [pieces.path(folder, number, ".npy")]
 
         return make
 
@@ -66,6 +67,29 @@ def test_pieces_of_other_inputs_or_of_another_layout_are_not_used(tmp_path, proc
         work(Stage(tmp_path / "stage", {"lr": 3}), processes, stop=2)
     monkeypatch.setattr("test_pieces.BATCHES", pieces.batches(10, 5))
     assert work(Stage(tmp_path / "stage", {"lr": 3}), processes) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")]
+)
+def test_a_damaged_piece_is_named_and_made_again(tmp_path, processes, capsys, damage):
+    stage = Stage(tmp_path / "stage", {})
+    with pytest.raises(RuntimeError):
+        work(stage, processes, stop=2)
+    (piece,) = tmp_path.rglob("000001.npy")
+    damage(piece)
+    assert work(stage, processes) == [1, 2, 3]
+    assert f"{piece} " in (said := capsys.readouterr().err) and "made again" in said
+    assert np.load(stage.directory / "all.npy").tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("marker", ["", "[1]", "{}", '{"seconds": "soon"}', '{"seconds": 1, "files": 3}'])
+def test_a_marker_that_says_nothing_is_none(tmp_path, processes, marker):
+    stage = Stage(tmp_path / "stage", {})
+    with pytest.raises(RuntimeError):
+        work(stage, processes, stop=2)
+    next(tmp_path.rglob("000001.json")).write_text(marker)
+    assert work(stage, processes) == [1, 2, 3]
 
 
 def test_a_run_that_is_late_takes_what_another_one_has_finished(tmp_path, processes, monkeypatch):
