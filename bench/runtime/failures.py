@@ -13,6 +13,7 @@ from bench.errors import first_line
 GO_ON = "what is done is kept: bench run --resume RUN goes on from there"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN)
 # libraries write in other languages and hand on no error number
 SAYS_FULL = ("no space left on device", "disk quota exceeded", "inline_container.cc", "pytorchstreamwriter failed")
 SAYS_MEMORY = ("can't allocate memory", "out of memory", "not enough memory")
@@ -49,7 +50,7 @@ def stopped(error: BaseException) -> str:
 
 
 def explained(error: Exception) -> str | None:
-    """One line for a full disk, a folder that may not be written to, or memory that does not suffice; else None."""
+    """One line for a disk that is full or fails, a folder that may not be written to, too little memory; else None."""
     number, said = getattr(error, "errno", None), str(error).lower()
     place = getattr(error, "filename", None)
     where = f" ({place})" if place else ""
@@ -59,6 +60,11 @@ def explained(error: Exception) -> str | None:
         return (
             f"{place or 'a file'} cannot be written or read ({first_line(error)}): change its mode, or start "
             "in a folder of your own"
+        )
+    if number in FAILING:
+        return (
+            f"{place or 'a file'} cannot be written or read ({first_line(error)}): the disk, or the connection to it, "
+            f"fails; when that is mended, {GO_ON}"
         )
     if isinstance(error, MemoryError) or any(text in said for text in SAYS_MEMORY):
         return (

@@ -39,11 +39,15 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
-    with open(unfinished, "wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # unlike opening, writing does not say where it failed
+        raise
 
 
 def link(source: str | Path, target: str | Path) -> None:
@@ -91,7 +95,7 @@ class Stage:
     def done(self) -> bool:
         """Whether the marker is there and every file in its size; cheap, and changes nothing."""
         marker = self._marker()
-        return marker is not None and integrity.missing(self.directory, marker.get("files", {})) is None
+        return marker is not None and integrity.missing(self.directory, integrity.listed(marker)) is None
 
     @property
     def whole(self) -> bool:
@@ -124,7 +128,7 @@ class Stage:
             return []
         except ValueError:
             return [Damage(self.directory / MARKER, "is no marker that can be read")]
-        files = (marker or {}).get("files", {})
+        files = integrity.listed(marker or {})
         if (lost := integrity.missing(self.directory, files)) is not None:
             return [lost]
         seen = integrity.seen(self.directory, files)
@@ -147,7 +151,8 @@ class Stage:
     def _read_marker(self) -> dict[str, Any] | None:
         """The same; raises OSError where there is none, ValueError where it cannot be read."""
         marker = json.loads((self.directory / MARKER).read_text())
-        return marker if isinstance(marker, dict) and marker.get("hash") == self.hash else None
+        integrity.listed(marker)
+        return marker if marker.get("hash") == self.hash else None
 
     def _set_aside(self, found: list[Damage]) -> None:
         aside = integrity.set_aside(self.directory)

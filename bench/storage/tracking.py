@@ -37,6 +37,10 @@ class RunFolder(FileStorageObserver):
         super().__init__(folder.parent, copy_sources=False)
         self.folder = folder
         self.printed_before = ""
+        self.failure: Exception | None = None
+
+    def __repr__(self) -> str:
+        return str(self.folder)
 
     def _make_run_dir(self, _id: Any) -> None:
         self.dir = str(self.folder)
@@ -46,10 +50,18 @@ class RunFolder(FileStorageObserver):
         self.printed_before = cout.read_text(encoding="utf-8", errors="replace") if cout.exists() else ""
 
     def save_json(self, obj: Any, filename: str) -> None:
-        atomic_write(self.folder / filename, json.dumps(flatten(obj), indent=2))
+        self._write(filename, json.dumps(flatten(obj), indent=2))
 
     def save_cout(self) -> None:
-        atomic_write(self.folder / "cout.txt", self.printed_before + self.cout)
+        self._write("cout.txt", self.printed_before + self.cout)
+
+    def _write(self, filename: str, content: str) -> None:
+        """Keep the first error: sacred goes on without an observer that fails, and `record` must not."""
+        try:
+            atomic_write(self.folder / filename, content)
+        except OSError as error:
+            self.failure = self.failure or error
+            raise
 
 
 def record(
@@ -59,13 +71,15 @@ def record(
     mongo: str | None = None,
     sql: str | None = None,
 ) -> None:
-    """Run `body` under sacred, observed in `folder` and, on request, in a database."""
+    """Run `body` under sacred, observed in `folder` and, on request, in a database; a record that could not be written
+    in `folder` raises the OSError."""
     databases = _databases(mongo, sql)
     experiment = Experiment("bench", interactive=True, save_git_info=False)
     experiment.logger = _quiet_logger()
     experiment.captured_out_filter = final_lines
     experiment.add_config(config)
-    experiment.observers = [RunFolder(folder), *databases]
+    own = RunFolder(folder)
+    experiment.observers = [own, *databases]
     started = False
 
     def main(_run: Any) -> None:
@@ -83,6 +97,8 @@ def record(
                 reason = first_line(error)[:LONGEST_REASON]
                 raise BenchError(f"the run's record cannot be written to the database: {reason}") from error
             raise
+    if own.failure:
+        raise own.failure
 
 
 def final_lines(text: str) -> str:
@@ -113,11 +129,16 @@ def _databases(mongo: str | None, sql: str | None) -> list[RunObserver]:
 
 
 def _quiet_logger() -> logging.Logger:
-    """Sacred's warnings on stderr, less those that repeat what the command line says anyway."""
+    """Sacred's warnings on stderr, less those that repeat what is said anyway, and of a stack trace the last line."""
     logger = logging.getLogger("bench.sacred")
+
+    def terse(record: logging.LogRecord) -> bool:
+        record.msg = record.msg.rstrip().rsplit("\n", 1)[-1]
+        return not record.msg.startswith(("Failed after", "Aborted after", "The observer"))
+
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.addFilter(lambda record: not record.msg.startswith(("Failed after", "Aborted after")))
+        handler.addFilter(terse)
         logger.addHandler(handler)
         logger.setLevel(logging.WARNING)
         logger.propagate = False

@@ -30,6 +30,7 @@ FULL = "the disk is full"
         (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), FULL),  # safetensors'
         (PermissionError(errno.EACCES, "Permission denied", "results/y"), "results/y cannot be written or read"),
         (OSError(errno.EROFS, "Read-only file system", "results"), "results cannot be written or read"),
+        (OSError(errno.EIO, "Input/output error", "results/z"), "results/z cannot be written or read"),
         (MemoryError("Unable to allocate 8.00 PiB"), "out of memory: take a smaller train.micro_batch"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: take a smaller"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), "out of memory"),
