@@ -15,7 +15,7 @@ from bench.models.frozen import Frozen
 from bench.models.sources import resolve
 from bench.runtime.processes import Processes
 from bench.scoring.evaluation import Evaluator
-from bench.storage.runs import CACHE
+from bench.storage import runs
 from bench.suites import Suite
 from bench.training.encoded import Encoded
 from bench.training.recipe import make_accelerator, require_packages
@@ -65,7 +65,7 @@ class Shared:
             seed=data.seed,
             deduplicate=data.deduplicate,
             resolution=models.resolution(folder),
-            cache=CACHE,
+            cache=runs.CACHE,
         )
 
     def _announce(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -85,9 +86,9 @@ def write_suite(folder: Path, weights: Path) -> Path:
 
 
 def bench(line: str) -> int:
-    """Run a command line in this process; its exit status."""
+    """Run a command line in this process; its exit status. Quotes hold together what has blanks in it."""
     try:
-        cli.main(line.split())
+        cli.main(shlex.split(line))
     except SystemExit as done:
         return done.code
     raise AssertionError("bench returned")

@@ -50,6 +50,12 @@ if TYPE_CHECKING:
     "with --set metrics=[...] other scorers read the images that are there.",
 )
 @click.option(
+    "--replay",
+    metavar="RUN",
+    help="Make a finished run again from its own protocol, apart from the other ones, and say whether it is equal to "
+    "the last bit, or where it first differs.",
+)
+@click.option(
     "--once",
     is_flag=True,
     help="Only what is not there yet: a finished run of the same settings counts, an unfinished one is gone on with.",
@@ -65,6 +71,7 @@ def run(
     seed: int | None,
     settings: tuple[str, ...],
     resume: str | None,
+    replay: str | None,
     once: bool,
     wait: bool,
     mongo: str | None,
@@ -77,6 +84,15 @@ def run(
     """
     if iters is not None and iters < 1:
         raise UsageError(f"--iters: a run has at least 1 iteration, not {iters}")
+    if replay:
+        if any(
+            given not in (None, (), False) for given in (method, iters, suite, seed, settings, resume, once, mongo, sql)
+        ):
+            raise UsageError("--replay takes all settings from the run's own protocol: give no others")
+        from bench.commands.replay import replay_run
+
+        replay_run(replay, layout)
+        return
     from bench.storage import runs
     from bench.suites import load_suite, override
 

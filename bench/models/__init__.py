@@ -18,7 +18,7 @@ from bench.errors import BenchError, first_line
 from bench.mini import MINI_WEIGHTS
 from bench.models.random_weights import is_random, random_folder
 from bench.runtime.hub import is_hub_id
-from bench.storage.runs import CACHE
+from bench.storage import runs
 from bench.storage.stages import temporary
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +54,7 @@ def weights_folder(weights: str | Path) -> Path:
     it is not there; see bench.models.random_weights).
     """
     if is_random(weights):
-        return random_folder(str(weights), CACHE, MINI_WEIGHTS / "pipeline" / "tokenizer")
+        return random_folder(str(weights), runs.CACHE, MINI_WEIGHTS / "pipeline" / "tokenizer")
     folder = MINI_WEIGHTS / "pipeline" if weights == "mini" else Path(weights).expanduser()
     if is_hub_id(str(weights)):
         return _hub_folder(str(weights))

@@ -18,8 +18,8 @@ from bench.runtime.processes import Processes
 from bench.runtime.progress import quiet
 from bench.sampling.sample import Sampler, keys
 from bench.scoring import evaluate
-from bench.storage import pieces
-from bench.storage.runs import CACHE, Result
+from bench.storage import pieces, runs
+from bench.storage.runs import Result
 from bench.storage.stages import Stage, atomic_write, fingerprint, write_table
 from bench.suites import Suite
 
@@ -83,7 +83,7 @@ class Evaluator:
             "scheduler": settings.scheduler,
             "seeds": settings.seeds,
         }
-        drawn = Stage(images or CACHE / f"images-{fingerprint(made_from)}", made_from)
+        drawn = Stage(images or runs.CACHE / f"images-{fingerprint(made_from)}", made_from)
         rows = keys(prompts.prompts, settings.seeds)
         batches = pieces.batches(len(rows), settings.batch_size)
         how = {"scheduler": settings.scheduler, "steps": settings.steps, "guidance": guidance}
@@ -118,7 +118,7 @@ class Evaluator:
     def _scored(self, model: Model, prompt_set: str, guidance: float, drawn: Stage, scores: Path | None) -> Scored:
         prompts, seeds = self.prompt_sets[prompt_set], self.settings.seeds
         made_from = {"images": drawn.hash, "metrics": self.scorers.info(), "prompt_set": prompt_set}
-        stage = Stage(scores or CACHE / f"scores-{fingerprint(made_from)}", made_from)
+        stage = Stage(scores or runs.CACHE / f"scores-{fingerprint(made_from)}", made_from)
         rows = keys(prompts.prompts, seeds)
         blocks = pieces.batches(len(rows), evaluate.BLOCK * len(seeds))
 

@@ -8,7 +8,8 @@ import re
 import shutil
 import socket
 import time
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,10 +23,23 @@ from bench.suites.keys import flat
 
 RUNS = Path("results/runs")
 CACHE = Path("results/cache")
+REPLAYS = Path("results/replays")
 SCORING = ("metrics", "metric_options")
 """Sections of the suite that a finished run may still change: its images are there, and only scores follow."""
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(@(?P<host>.+))?\.tmp$")
 FORGOTTEN = 24 * 3600  # seconds after which a folder that another host has not touched counts as left behind
+
+
+@contextmanager
+def apart(root: Path) -> Iterator[None]:
+    """Within the block runs and cache are those below `root`: nothing of before is read, or compared with."""
+    global RUNS, CACHE
+    before = RUNS, CACHE
+    RUNS, CACHE = root / RUNS.name, root / CACHE.name
+    try:
+        yield
+    finally:
+        RUNS, CACHE = before
 
 
 class Result(NamedTuple):

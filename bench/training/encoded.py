@@ -10,9 +10,9 @@ from typing import TypeVar
 from bench.data import Kept, Source
 from bench.models.frozen import Frozen
 from bench.runtime.processes import Processes
+from bench.storage import runs
 from bench.storage.cache import Embeddings, cached_latents, cached_prompts
 from bench.storage.meter import timed
-from bench.storage.runs import CACHE
 from bench.storage.shards import Rows, Share
 from bench.storage.stages import Stage, fingerprint
 from bench.suites import Suite
@@ -56,7 +56,7 @@ class Encoded:
             "prompts",
             {"prompts": count, "flops": count * self.frozen.operations.text},
             lambda: cached_prompts(
-                CACHE,
+                runs.CACHE,
                 made_from,
                 self.frozen.pipe,
                 self.source.prompts,
@@ -75,7 +75,7 @@ class Encoded:
             side,
             {"images": done, "flops": done * self.frozen.operations.coding[0]},
             lambda: cached_latents(
-                CACHE,
+                runs.CACHE,
                 {**self.key, "side": side},
                 self.frozen.pipe.vae,
                 images,
@@ -94,7 +94,7 @@ class Encoded:
         Of an encoding that was interrupted, what the last process still had to do.
         """
         key, name = {**self.key, "side": side}, f"encode/{side}"
-        ledger = Stage(CACHE / f"cost-{fingerprint(key)}", key)
+        ledger = Stage(runs.CACHE / f"cost-{fingerprint(key)}", key)
         self.common[name] = ledger.directory
         if self.processes.once(ledger.ready):
             return encode()
