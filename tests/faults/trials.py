@@ -121,7 +121,7 @@ def read_only_disk(work: Workplace, draw: random.Random) -> Found:
         run, outside = ids(folder)[0], work.root / f"outside-{folder.name}"
         line = work.line(method) if command == "run" else command.format(run=run, outside=outside)
         remount(folder, "ro")
-        ended = work.perform(folder, line, shown=True)
+        ended = work.perform(folder, line)
         remount(folder, "rw")
         place = f"{method} {command}"
         if (ended.code != 0) != (command == "run") or ended.code and not ended.clean:
@@ -164,10 +164,8 @@ def corrupt(work: Workplace, draw: random.Random) -> Found:
     place = f"{kind} {damage.place(path.relative_to(folder))}"
     if not changed:
         return Found(f"{place} (nothing to damage)", "equal")
-    command = draw.choice(("resume", "resume", "verify", "table", "export", "another"))
-    ended = {"resume": resume, "verify": verify, "table": table, "export": export, "another": another}[command](
-        work, folder, method, path
-    )
+    command = draw.choice(("resume", "resume", "verify", "table", "report", "export", "another"))
+    ended = USES[command](work, folder, method, path)
     return ended._replace(place=f"{place}: {command}")
 
 
@@ -217,15 +215,36 @@ def verify(work: Workplace, folder: Path, method: str, path: Path) -> Found:
 
 
 def table(work: Workplace, folder: Path, method: str, path: Path) -> Found:
-    """A table is that of the undisturbed run, or the run is left out and the damaged file named."""
-    undisturbed = work.perform(work.finished[method], "table --format csv", shown=True)
-    ended = work.perform(folder, "table --format csv", shown=True)
-    if "Traceback" in ended.err or ended.code and not (ended.clean and path.name in ended.err):
-        if not (ended.code and path.name in ("protocol.json", "config.json") and ended.clean):  # no run to reports
+    return reported(work, folder, method, path, "table --format csv")
+
+
+def report(work: Workplace, folder: Path, method: str, path: Path) -> Found:
+    return reported(work, folder, method, path, "report")
+
+
+def reported(work: Workplace, folder: Path, method: str, path: Path, line: str) -> Found:
+    """What reports show is that of the undisturbed run, or the run is left out and the damaged file named."""
+    undisturbed = shown(work, work.finished[method], line)
+    ended, page = shown(work, folder, line)
+    if "Traceback" in ended.err or ended.code and not ended.clean:
+        return Found("", "mute", ended.last)
+    if ended.code:
+        gone = path.name in ("protocol.json", "config.json")  # then it is no run to reports
+        if not gone and path.name not in ended.err:
             return Found("", "mute", ended.last)
-    elif not ended.code and ended.out != undisturbed.out:
+    elif (ended.out, page) != (undisturbed[0].out, undisturbed[1]):
         return Found("", "silent" if path.name not in ended.err else "wrong", ended.last)
-    return resume(work, folder, method, path, ended)
+    return resume(work, folder, method, path)
+
+
+def shown(work: Workplace, folder: Path, line: str) -> tuple[Ended, bytes]:
+    """A report of a folder's runs; that of an undisturbed folder is made once."""
+    if (folder, line) not in work.shown:
+        (folder / "report.html").unlink(missing_ok=True)
+        ended = work.perform(folder, line)
+        page = folder / "report.html"
+        work.shown[folder, line] = ended, page.read_bytes() if page.exists() else b""
+    return work.shown[folder, line]
 
 
 def export(work: Workplace, folder: Path, method: str, path: Path) -> Found:
@@ -337,6 +356,9 @@ class mounted:
 def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
 
+
+USES = {"resume": resume, "verify": verify, "table": table, "report": report, "export": export, "another": another}
+"""What may be done with damaged results."""
 
 KINDS: dict[str, tuple[Callable[[Workplace, random.Random], Found], int]] = {
     "kill": (kill, 160),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import tqdm
 import yaml
 
 from bench import registry
-from bench.commands import cli
+from bench.commands import cli, run
 from bench.storage.integrity import DAMAGED
 from faults.damage import copy_tree
 from faults.operations import Act, watch
@@ -50,23 +51,22 @@ class Ended(NamedTuple):
 class Child:
     """A command at work in a process of its own."""
 
-    def __init__(self, folder: Path, line: str, act: Act | None = None, shown: bool = False, seconds: float = PATIENCE):
+    def __init__(self, folder: Path, line: str, act: Act | None = None, seconds: float = PATIENCE):
         self.folder, self.seconds, self.count = folder, seconds, os.pipe()
         self.output, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115, closed with this
         self.deadline = time.monotonic() + seconds
         self.process = os.fork()
         if not self.process:
-            self._work(line, act, shown)
+            self._work(line, act)
 
-    def _work(self, line: str, act: Act | None, shown: bool) -> None:
+    def _work(self, line: str, act: Act | None) -> None:
         code = 70
         try:
             os.chdir(self.folder)
             os.dup2(self.output.fileno(), 1)
             os.dup2(self.errors.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            if not shown:  # the page takes longer than all else; what reports make of damage has trials of its own
-                cli._compare = lambda finished, layout: None
+            run.compare = lambda finished, layout: None  # the page takes longest, and has trials of its own
             counted = watch(self.folder, act or (lambda number, changes, path: None))
             try:
                 cli.main(line.split())
@@ -106,6 +106,7 @@ class Workplace:
         self.root, self.number = root, 0
         make_pipeline().save_pretrained(root / "pipeline")
         self.finished: dict[str, Path] = {}
+        self.shown: dict[tuple[Path, str], tuple[Ended, bytes]] = {}  # what reports make of a folder
         self.operations: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         for method in methods:
@@ -117,6 +118,8 @@ class Workplace:
             self.seconds[method], self.operations[method] = time.monotonic() - began, ended.operations
             assert warm is None or result(warm) == result(self.finished[method])
         self.results = {method: result(folder) for method, folder in self.finished.items()}
+        gc.collect()
+        gc.freeze()  # forks leave what is loaded where it is, a quarter of their time
 
     def _warm_up(self, method: str) -> Path:
         """Run once in this process, so that no fork has to load a module or look anything up again."""
@@ -156,9 +159,9 @@ class Workplace:
     def line(self, method: str) -> str:
         return f"run --suite tiny.yaml --method {method} --iters {ITERATIONS[method]}"
 
-    def perform(self, folder: Path, line: str, act: Act | None = None, shown: bool = False) -> Ended:
+    def perform(self, folder: Path, line: str, act: Act | None = None) -> Ended:
         """Run a command to its end in a process of its own."""
-        return Child(folder, line, act, shown).wait()
+        return Child(folder, line, act).wait()
 
     def going_on(self, folder: Path, method: str) -> str:
         """What a person types after a fault: the run again, if it had been begun."""
