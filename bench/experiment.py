@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -11,13 +10,12 @@ from typing import Any
 
 import click
 import pandas as pd
-from diffusers import UNet2DConditionModel
 
 from bench import models, registry, walk
 from bench.costs import cost
 from bench.errors import BenchError
 from bench.methods.base import Method, Pairing
-from bench.models import adapters, rounding
+from bench.models import rounding
 from bench.models.frozen import Weights
 from bench.protocol import write_cost, write_protocol, write_warnings
 from bench.runtime import processes
@@ -34,6 +32,7 @@ from bench.storage.shards import Rows
 from bench.storage.stages import Stage, atomic_write, fingerprint, link_tree, write_table
 from bench.suites import Iteration, Suite, options
 from bench.training.checkpoint import Checkpoints
+from bench.training.ends import load_models, save_result
 from bench.training.train import TrainData, TrainSettings, train
 
 
@@ -376,29 +375,6 @@ class Experiment:
         if self.processes.main:
             click.echo(f"warning: {text}", err=True)
             write_warnings(self.run, self.warnings)
-
-
-def load_models(
-    settings: TrainSettings, previous: Weights, reference: Weights | None, seed: int
-) -> tuple[UNet2DConditionModel, UNet2DConditionModel | None]:
-    """Policy and reference. A policy that trains an adapter on the reference's weights is the reference itself,
-    with the adapter off; every iteration starts a new adapter, on weights the last one was merged into."""
-    policy = models.load_unet(previous.folder)
-    if settings.lora_rank:
-        adapters.attach(policy, settings.lora_rank, seed, settings.first_step)
-    if reference is None:
-        return policy, None
-    shared = settings.lora_rank is not None and reference.key == previous.key
-    return policy, policy if shared else models.load_unet(reference.folder)
-
-
-def save_result(policy: UNet2DConditionModel, folder: Path) -> None:
-    """`unet/` with any adapter merged, and the adapter alone; the policy itself is left as it is."""
-    if adapters.attached(policy):
-        adapters.save(policy, folder / "lora")
-        policy = copy.deepcopy(policy)
-        adapters.merge(policy)
-    models.save_unet(policy, folder / "unet")
 
 
 def guidance_warnings(run: Run) -> list[str]:
