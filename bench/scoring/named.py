@@ -9,17 +9,17 @@ from typing import Any
 from bench.data import world
 from bench.errors import printable
 
-MINI = "mini"
+MINI, NONE = "mini", "none"  # none: of a metric that has no weights
 _DIGEST = re.compile(r" \([0-9a-f]{8,}\)")
 
 
 def checkpoint(info: Mapping[str, Any]) -> str:
-    """A scorer's checkpoint without its digests: "mini", "HPS_v2_compressed.pt", "head.pth on CLIP"; "" where unknown.
+    """A scorer's checkpoint without its digests: "mini", "HPS_v2_compressed.pt", "head.pth on CLIP"; "" without one.
 
     info: what `Metric.info` says.
     """
     parts = _DIGEST.sub("", str(info.get("checkpoint", ""))).split(" on ")
-    return " on ".join(dict.fromkeys(parts))
+    return " on ".join(part for part in dict.fromkeys(parts) if part != NONE)
 
 
 def is_mini(info: Mapping[str, Any]) -> bool:

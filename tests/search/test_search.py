@@ -420,8 +420,8 @@ def test_the_table_holds_everything_tried_and_the_gains_are_those_of_a_run(undis
     validation = json.dumps({"validation": {"prompts": "world:validation", "limit": 3}}, separators=(",", ":"))
     assert (
         bench(
-            f"run --suite tiny.yaml --method spin --seed 101 --set methods.spin.iterations={iterations} "
-            f"--set evaluation.prompt_sets={validation}"
+            f"run --suite tiny.yaml --method spin --seed 101 --set 'methods.spin.iterations={iterations}' "
+            f"--set 'evaluation.prompt_sets={validation}'"
         )
         == 0
     )

@@ -18,6 +18,7 @@ from bench.methods.diffusion_dpo import DiffusionDPO
 from bench.methods.sft import SFT
 from bench.methods.spin import SPIN
 from bench.suites import Iteration, Suite, load_suite, options
+from bench.walk import Training
 
 KTO = "methods.diffusion_kto={iterations: [{steps: 2, lr: 1e-3, beta: 10, desirable_weight: 2}]}"
 
@@ -171,13 +172,13 @@ def test_only_what_differs_from_a_default_decides_a_stage():
 
 def test_options_decide_the_stage_of_a_training_unless_they_are_at_their_default():
     def chosen(**own: object) -> dict:
-        made = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0, **own)], methods=[SPIN(1.0)])
-        return Experiment.chosen(made, 1)
+        span = Training("spin", 1, Iteration(steps=1, lr=1.0, **own), 0, 1)
+        return Experiment.chosen(SimpleNamespace(methods=[SPIN(1.0)]), span)
 
     assert chosen(beta=2) == chosen(beta=2.0, weighting="constant") == {"beta": 2.0}
     assert chosen(beta=2.0, weighting="min_snr") == {"beta": 2.0, "options": {"weighting": "min_snr"}}
-    sft = SimpleNamespace(schedule=[Iteration(steps=1, lr=1.0)], methods=[SFT()])
-    assert Experiment.chosen(sft, 1) == {"beta": None}
+    span = Training("sft", 1, Iteration(steps=1, lr=1.0), 0, 1)
+    assert Experiment.chosen(SimpleNamespace(methods=[SFT()]), span) == {"beta": None}
 
 
 def test_settings_of_older_runs_are_read():
