@@ -25,7 +25,7 @@ from bench.sampling.sample import Sampler
 from bench.scoring import evaluate
 from bench.scoring.evaluation import Model, Scored
 from bench.shared import Shared
-from bench.storage import pieces, runs, tracking, verify
+from bench.storage import arrays, pieces, runs, tracking, verify
 from bench.storage.meter import timed, write_spent
 from bench.storage.runs import BASE, Result, Run
 from bench.storage.shards import Rows
@@ -153,20 +153,20 @@ class Experiment:
             unet = self.frozen.unet(reference)
             sampler = Sampler(self.frozen.pipe, **how, unet=unet, output=output, name=title, compile=settings.compile)
 
-            def draw(number: int, folder: Path) -> list[Path]:
-                drawn = pieces.path(folder, number, ".npy")
-                pieces.write_array(drawn, sampler([rows[row] for row in batches[number]]))
-                return [drawn]
+            def draw(number: int, folder: Path) -> list[arrays.Written]:
+                latents = sampler([rows[row] for row in batches[number]])
+                return [arrays.place(folder / LATENTS, batches[number], latents)]
 
             return draw
 
-        def join(folder: Path) -> None:
-            pieces.join_arrays(folder, LATENTS, (len(pairs), *self.frozen.latent_shape), batches)
+        def begin(folder: Path) -> None:
+            pieces.begin_array(folder, LATENTS, (len(pairs), *self.frozen.latent_shape))
             pieces.write_array(folder / PAIRS, pairs)
 
         flops = self.frozen.operations.latents(len(pairs), **how, roundtrip=settings.roundtrip)
         name = f"iter{span.iteration}/opponent"
-        pieces.divided(stage, self.processes, name, batches, prepare, join, title, images=len(pairs), flops=flops)
+        counts = {"images": len(pairs), "flops": flops}
+        pieces.divided(stage, self.processes, name, batches, prepare, description=title, begin=begin, **counts)
         self.done.append(stage.directory)
         self.opponents[span.iteration] = stage
         return stage

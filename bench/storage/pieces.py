@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
@@ -20,14 +19,14 @@ import numpy as np
 
 from bench.runtime.processes import Processes
 from bench.runtime.progress import track
-from bench.storage import integrity
-from bench.storage.integrity import new_array, read_array
+from bench.storage import arrays, integrity
+from bench.storage.arrays import Written
 from bench.storage.meter import metered, write_spent
-from bench.storage.stages import Stage, atomic_write, temporary
+from bench.storage.stages import Stage, atomic_write
 
 FOLDER = "pieces"
-Make = Callable[[int, Path], Sequence[Path]]
-"""Makes piece n in a folder, and returns the files it wrote there."""
+Make = Callable[[int, Path], Sequence[Path | Written]]
+"""Makes piece n in a folder, and returns what it wrote there: files, and rows of arrays."""
 
 
 def divided(
@@ -38,20 +37,22 @@ def divided(
     prepare: Callable[[], Make],
     join: Callable[[Path], None] = lambda folder: None,
     description: str = "",
+    begin: Callable[[Path], None] = lambda folder: None,
     **counts: int,
 ) -> None:
     """Make a stage that is not done yet out of `pieces`, each a number of images.
 
-    `prepare` loads what is needed and returns a function that makes piece n in the stage's folder, its files whole
-    (`atomic_write`); those of the piece alone go under `path(folder, n, suffix)`. When all are there, `join` makes
-    of them what stays. A killed process loses the piece it was at; the next launch goes on from there, with any
-    number of processes, and makes a piece again whose files are not what was written. Of two runs that need the same
-    stage at the same time, the second waits for the first, and takes over should that one be killed.
+    `prepare` loads what is needed and returns a function that makes piece n in the stage's folder: whole files
+    (`atomic_write`) or rows of an array (`arrays.place`), and what is of the piece alone under
+    `path(folder, n, suffix)`. `begin` is called with the folder before the first; `join` makes of all of them what
+    stays. A killed process loses the piece it was at; the next launch goes on from there, with any number of processes,
+    and makes a piece again that is not what was written. Of two runs that need the same stage at the same time, the
+    second waits for the first, and takes over should that one be killed.
     """
     if processes.once(lambda: not stage.whole):
         with stage.held() if processes.main else nullcontext():
             if processes.once(lambda: not stage.ready()):  # unless it was made while this run waited
-                _divided(stage, processes, name, pieces, prepare, join, description, **counts)
+                _divided(stage, processes, name, pieces, prepare, join, description, begin, **counts)
     if processes.main:
         shutil.rmtree(stage.directory / FOLDER, ignore_errors=True)
 
@@ -64,10 +65,12 @@ def _divided(
     prepare: Callable[[], Make],
     join: Callable[[Path], None],
     description: str,
+    begin: Callable[[Path], None],
     **counts: int,
 ) -> None:
     """Make what is missing of a stage, all processes of one launch together, and put it in place."""
     folder = stage.unfinished([len(piece) for piece in pieces])
+    processes.once(lambda: begin(folder))
     earlier = processes.once(lambda: _whole(folder, len(pieces)))
     missing = [number for number in range(len(pieces)) if number not in earlier]
     with metered() as spent:
@@ -89,17 +92,12 @@ def path(folder: Path, number: int, suffix: str) -> Path:
     return folder / FOLDER / f"{number:06d}{suffix}"
 
 
-def join_arrays(folder: Path, file: str, shape: Sequence[int], places: Sequence[Sequence[int]]) -> None:
-    """Put the arrays of all pieces, piece n at the rows `places[n]`, into one fp32 .npy file that appears whole.
-
-    They go to a file of this process's own first: opened where another one has published it, it would be emptied.
-    """
-    unfinished = temporary(folder / file)
-    joined = new_array(unfinished, np.float32, shape)
-    for number, rows in enumerate(places):
-        joined[rows] = read_array(path(folder, number, ".npy"))
-    joined.flush()
-    os.replace(unfinished, folder / file)
+def begin_array(folder: Path, file: str, shape: Sequence[int]) -> None:
+    """An fp32 array in a stage's folder for pieces to write their rows into; for `begin` of `divided`. Pieces that were
+    made before it, in files of their own or in an array that is gone, are made again."""
+    if arrays.begin(folder / file, shape):
+        for marker in (folder / FOLDER).glob("*.json"):
+            marker.unlink(missing_ok=True)
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
@@ -115,16 +113,17 @@ def finished(folder: Path, count: int) -> dict[int, float]:
     for number in range(count):
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged one is made again
             marker = _marker(folder, number)
-            integrity.listed(marker)
+            _named(folder, marker)
             there[number] = float(marker["seconds"])
     return there
 
 
 def _whole(folder: Path, count: int) -> dict[int, float]:
-    """The same, of those whose files are what was written; others are named, and count as missing."""
+    """The same, of those that are what was written; others are named, and count as missing."""
     there = finished(folder, count)
     for number in list(there):
-        if found := integrity.damage(folder, integrity.listed(_marker(folder, number))):
+        files, rows = _named(folder, _marker(folder, number))
+        if found := integrity.damage(folder, files) + [one for part in rows for one in arrays.damage(part)]:
             integrity.say(found, "made again")
             path(folder, number, ".json").unlink()
             del there[number]
@@ -135,8 +134,14 @@ def _marker(folder: Path, number: int) -> dict[str, Any]:
     return json.loads(path(folder, number, ".json").read_text())
 
 
+def _named(folder: Path, marker: dict[str, Any]) -> tuple[integrity.Files, list[Written]]:
+    """The files and the rows of arrays that a marker names; ValueError where it is no marker."""
+    files = integrity.listed(marker)
+    return files, [Written(folder / name, list(rows), str(digest)) for name, rows, digest in marker.get("rows", [])]
+
+
 def batches(count: int, size: int) -> list[range]:
-    """Rows 0..count-1 in whole batches; the last one may be smaller."""
+    """Written 0..count-1 in whole batches; the last one may be smaller."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -161,9 +166,12 @@ def _make(
         for number in own:
             marker = path(folder, number, ".json")
             began = time.perf_counter()
-            files = integrity.entries(folder, make(number, folder))
+            made = make(number, folder)
+            rows = [one for one in made if isinstance(one, Written)]
+            files = integrity.entries(folder, [one for one in made if not isinstance(one, Written)])
             seconds = (time.perf_counter() - began) / processes.count
-            atomic_write(marker, json.dumps({"seconds": seconds, "files": files}))
+            written = [[one.file.relative_to(folder).as_posix(), one.rows, one.digest] for one in rows]
+            atomic_write(marker, json.dumps({"seconds": seconds, "files": files, "rows": written}))
             bar.update(len(pieces[number]))
 
 

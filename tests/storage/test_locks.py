@@ -15,7 +15,7 @@ import pytest
 
 from bench.errors import BenchError
 from bench.runtime.processes import Processes
-from bench.storage import locks, pieces
+from bench.storage import arrays, locks, pieces
 from bench.storage.stages import Stage
 
 BATCHES = pieces.batches(8, 1)
@@ -107,11 +107,10 @@ def test_a_file_system_without_locks_is_told_and_work_goes_on(tmp_path, capsys, 
 
 
 def make(stage: Stage, processes: Processes) -> None:
-    """A stage of eight rows, of ones; the joined file is open, and empty, for a while before it is filled."""
+    """A stage of eight rows, of ones; the array is open, and empty, for a while before it can be filled."""
 
-    def draw(number: int, folder: Path) -> list[Path]:
-        pieces.write_array(pieces.path(folder, number, ".npy"), np.ones((1, 3), np.float32))
-        return [pieces.path(folder, number, ".npy")]
+    def draw(number: int, folder: Path) -> list[arrays.Written]:
+        return [arrays.place(folder / "all.npy", BATCHES[number], np.ones((1, 3), np.float32))]
 
     pieces.divided(
         stage,
@@ -119,12 +118,12 @@ def make(stage: Stage, processes: Processes) -> None:
         "test",
         BATCHES,
         lambda: draw,
-        lambda folder: pieces.join_arrays(folder, "all.npy", (8, 3), BATCHES),
+        begin=lambda folder: pieces.begin_array(folder, "all.npy", (8, 3)),
     )
 
 
 @pytest.fixture
-def slow_join(monkeypatch):
+def slow_array(monkeypatch):
     opened = np.lib.format.open_memmap
 
     def slowly(*arguments, **options):
@@ -136,7 +135,7 @@ def slow_join(monkeypatch):
 
 
 @pytest.mark.parametrize("locked", [True, False])
-def test_pairs_of_processes_that_make_one_stage_leave_it_whole(tmp_path, accelerator, monkeypatch, slow_join, locked):
+def test_pairs_of_processes_that_make_one_stage_leave_it_whole(tmp_path, accelerator, monkeypatch, slow_array, locked):
     """Without locks, as some file systems are, what one publishes the other may find changed, and set aside with a
     message; it is never half of something."""
     if not locked:

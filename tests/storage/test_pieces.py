@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bench.runtime.processes import Processes
-from bench.storage import pieces, runs
+from bench.storage import arrays, pieces, runs
 from bench.storage.stages import Stage, temporary
 
 BATCHES = pieces.batches(10, 3)
@@ -105,6 +105,106 @@ def test_a_run_that_is_late_takes_what_another_one_has_finished(tmp_path, proces
     pieces.divided(stage, processes, "test", BATCHES, prepare)
     assert stage.done and np.load(stage.directory / "all.npy").tolist() == list(range(10))
     assert [path.name for path in tmp_path.iterdir()] == ["stage"]
+
+
+SHAPE = (10, 2, 3)
+PLACES = [[7, 0, 1], [2, 9], [3, 4, 5], [8, 6]]  # rows of a piece need not be side by side
+
+
+def fill(stage: Stage, processes: Processes, stop: int | None = None, seen: list | None = None) -> list[int]:
+    """As `work`, each piece into its rows of one array; it breaks down when the rows of `stop` are half written."""
+    made = []
+
+    def rows(number: int) -> np.ndarray:
+        return np.stack([np.full(SHAPE[1:], row, np.float32) for row in PLACES[number]])
+
+    def make(number: int, folder: Path) -> list[arrays.Written]:
+        if number == stop:
+            arrays.place(folder / "all.npy", PLACES[number][:1], rows(number)[:1] + 100)
+            raise RuntimeError
+        made.append(number)
+        if seen is not None:
+            seen.append(sorted(path.name for path in folder.rglob("*.np?")))
+        return [arrays.place(folder / "all.npy", PLACES[number], rows(number))]
+
+    def begin(folder: Path) -> None:
+        pieces.begin_array(folder, "all.npy", SHAPE)
+
+    pieces.divided(stage, processes, "test", PLACES, lambda: make, begin=begin, images=10)
+    return made
+
+
+EXPECTED = np.broadcast_to(np.arange(10, dtype=np.float32)[:, None, None], SHAPE)
+
+
+def test_pieces_are_written_where_they_stay(tmp_path, processes):
+    """Half written and begun again, in any order of rows; and there is never a second copy of any."""
+    stage, seen = Stage(tmp_path / "stage", {}), []
+    with pytest.raises(RuntimeError):
+        fill(stage, processes, stop=2)
+    assert not stage.done
+    assert fill(stage, processes, seen=seen) == [2, 3] and seen == [["all.npy"]] * 2
+    found = np.load(stage.directory / "all.npy")
+    assert found.dtype == np.float32 and np.array_equal(found, EXPECTED)
+    np.save(tmp_path / "plain.npy", np.ascontiguousarray(EXPECTED))
+    assert (stage.directory / "all.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
+    assert not list(stage.directory.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "made"),
+    [
+        (lambda array: array.unlink(), [0, 1, 2, 3]),
+        (lambda array: array.write_bytes(array.read_bytes()[:-1]), [0, 1, 2, 3]),
+        (lambda array: array.write_bytes(b"x" + array.read_bytes()[1:]), [0, 1, 2, 3]),
+        (lambda array: array.write_bytes(array.read_bytes().replace(b"\x00\x00\x10A", b"\x00\x00\x20A", 1)), [1, 2, 3]),
+    ],
+    ids=["gone", "cut", "header", "row 9"],
+)
+def test_rows_that_are_not_what_was_written_are_made_again(tmp_path, processes, damage, made):
+    """Markers of a version that kept pieces in files of their own say nothing of this array either."""
+    stage = Stage(tmp_path / "stage", {})
+    with pytest.raises(RuntimeError):
+        fill(stage, processes, stop=2)
+    (array,) = tmp_path.rglob("all.npy")
+    before = array.read_bytes()
+    damage(array)
+    assert not array.exists() or array.read_bytes() != before
+    assert fill(stage, processes) == made
+    assert np.array_equal(np.load(stage.directory / "all.npy"), EXPECTED)
+
+
+def test_an_array_is_begun_once_and_takes_only_its_own_rows(tmp_path, monkeypatch):
+    """Of two that find none, the second must not replace what the first may be filling; where there are no links, the
+    lock is what sees to that."""
+    file, link = tmp_path / "all.npy", os.link
+
+    def late(source, target):
+        """The other one comes first, and has written a row, when this one has its array."""
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", link)
+            patch.setattr(arrays, "temporary", lambda path: tmp_path / "others")
+            assert arrays.begin(file, SHAPE)
+        arrays.place(file, [3], np.ones((1, 2, 3), np.float32))
+        link(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", late)
+        arrays.begin(file, SHAPE)
+    assert np.load(file)[3].sum() == 6 and list(tmp_path.iterdir()) == [file]
+    assert not arrays.begin(file, SHAPE)
+    for wrong in (np.ones((2, 2, 3), np.float32), np.ones((1, 2, 3)), np.ones((1, 3, 2), np.float32)):
+        with pytest.raises(ValueError, match=r"for 1 rows of float32 \(10, 2, 3\)"):
+            arrays.place(file, [3], wrong)
+    with pytest.raises(FileNotFoundError):
+        arrays.place(tmp_path / "none.npy", [0], np.ones((1, 2, 3), np.float32))
+
+    def refuse(*paths):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert arrays.begin(tmp_path / "other.npy", SHAPE)
+    assert np.load(tmp_path / "other.npy").shape == SHAPE
 
 
 def test_every_process_has_its_share_of_whole_pieces(processes):
