@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,9 +63,15 @@ class Shards:
         return PurePosixPath(self.paths[shard]).name
 
     def open(self, shard: int) -> pq.ParquetFile:
-        try:
+        with self.reading(shard):
             return pq.ParquetFile(self._handle(shard), pre_buffer=True)
-        except (pa.ArrowInvalid, OSError) as error:
+
+    @contextmanager
+    def reading(self, shard: int) -> Iterator[None]:
+        """Whatever goes wrong while a shard is read: which one it was. A broken page shows only when it is decoded."""
+        try:
+            yield
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise BenchError(f"{self.source}: shard {self.name(shard)} cannot be read: {first_line(error)}") from error
 
     def _handle(self, shard: int) -> Any:
@@ -84,7 +91,12 @@ class Shards:
 
     def column(self, name: str) -> list[Any]:
         """All values of one small column."""
-        return [value for shard in range(len(self.paths)) for value in self.open(shard).read([name])[name].to_pylist()]
+        values: list[Any] = []
+        for shard in range(len(self.paths)):
+            file = self.open(shard)
+            with self.reading(shard):
+                values += file.read([name])[name].to_pylist()
+        return values
 
 
 class RowGroups:
@@ -100,7 +112,8 @@ class RowGroups:
             self._group = None  # frees the last one before the next is read
             if self._file is None or self._file[0] != shard:
                 self._file = shard, self.shards.open(shard)
-            self._group = (shard, group), self._file[1].read_row_group(group, columns=self.columns)
+            with self.shards.reading(shard):
+                self._group = (shard, group), self._file[1].read_row_group(group, columns=self.columns)
         return self._group[1]
 
 

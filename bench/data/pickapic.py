@@ -24,6 +24,7 @@ IMAGE_COLUMNS = ["jpg_0", "jpg_1"]
 UIDS = ("image_0_uid", "image_1_uid")
 LAYOUT = 1  # of the index; raise when its meaning changes
 SCANNERS = 8  # shards scanned at a time; over a network most of a scan is waiting
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_dictionary, pa.types.is_null)
 EXAMPLES = 20  # rows set aside that are named in the protocol
 
 
@@ -181,8 +182,12 @@ def _scan_shard(shards: Shards, shard: int, columns: Sequence[str]) -> pd.DataFr
             f"{shards.source}: shard {shards.name(shard)} has no column {', '.join(missing)}, which "
             f"{shards.name(0)} has"
         )
+    kind = file.schema_arrow.field("caption").type
+    if not any(test(kind) for test in TEXT):
+        raise BenchError(f"{shards.source}: column caption of shard {shards.name(shard)} holds {kind}, not text")
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    table = file.read(columns).to_pandas()
+    with shards.reading(shard):
+        table = file.read(columns).to_pandas()
     table.insert(0, "shard", np.int32(shard))
     table.insert(1, "group", np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
     table.insert(2, "place", np.concatenate([np.arange(size, dtype=np.int32) for size in (*sizes, 0)]))

@@ -26,7 +26,7 @@ from faults.damage import copy_tree
 from faults.operations import Act, watch
 
 ITERATIONS = {"spin": 2, "diffusion_dpo": 1}
-PATIENCE = 120.0  # seconds after which a command counts as hanging
+PATIENCE = 600.0  # seconds after which a command counts as hanging
 
 
 class Ended(NamedTuple):
